@@ -1,0 +1,181 @@
+"""The `brt` command: one thin function for each subcommand.
+
+What a user can cause ends in one line on standard error and exit status 2; anything else is a bug and keeps its
+traceback. Every part is imported by the subcommand that needs it, so that `brt --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from brt_dist.run_config import RunConfig
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+# torchrun and deepspeed set the first name of each row, OpenMPI the second, MPICH and Intel MPI the third.
+RANK_NAMES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+WORLD_SIZE_NAMES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+# Errors that a user causes and can mend, by the module that defines them.
+USER_ERRORS = (
+    ("brt_dist.run_config", "ConfigError"),
+    ("brt_dist.data.errors", "BadInput"),
+    ("brt_dist.checkpoint.files", "CheckpointError"),
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys to set otherwise, such as train.steps=200.")
+]
+# Launchers tell each process its number this way too; the environment tells the same.
+LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]
+
+
+@app.callback()
+def brt(local_rank: LocalRank = None) -> None:
+    """Pretrains Block-Recurrent Transformers on long documents."""
+
+
+@app.command()
+def prepare(config: Config, overrides: Overrides = None) -> None:
+    """Turns a corpus into a tokenizer and token shards.
+
+    \b
+    Example:
+      brt prepare configs/quickstart/recurrent.yaml corpus.path=books shards.dir=shards/books
+    """
+    run = _load(config, overrides)
+    run.require("corpus.path", "shards.dir")
+    from preprocessing.prepare import prepare
+
+    prepare(run.corpus, run.documents, run.tokenizer, run.splits, run.shards)
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, local_rank: LocalRank = None) -> None:
+    """Trains a model, or goes on with the run in its folder.
+
+    Runs alone or in every process that torchrun, deepspeed, mpiexec or srun starts.
+
+    \b
+    Examples:
+      brt train configs/quickstart/recurrent.yaml run.dir=runs/recurrent train.steps=200
+      torchrun --nproc_per_node 2 -m brt_dist train configs/quickstart/recurrent.yaml
+    """
+    run = _load(config, overrides)
+    run.require("data.shards", "run.dir")
+    run.check_world(_from_launcher(WORLD_SIZE_NAMES, default=1))
+    from brt_dist.train.trainer import train
+
+    train(run.model, run.data, run.parallel, run.optimizer, run.train, run.run, resolved=run.as_dict())
+
+
+@app.command()
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders; one curve for each.")],
+    split: Annotated[str, typer.Option(help="Which documents: train, validation or test.")] = "validation",
+    clear_carry_every: Annotated[
+        int | None, typer.Option(metavar="N", help="Also score with the carry cleared every N tokens.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for the JSON and the plot.", show_default=False)
+    ] = None,
+    lanes: Annotated[int | None, typer.Option(metavar="N", help="Documents read side by side.")] = None,
+    segment: Annotated[int | None, typer.Option(metavar="N", help="Tokens of one forward pass.")] = None,
+) -> None:
+    """Scores whole documents, with plots by position.
+
+    Reports bits per token, byte and word, and the loss by document position, as JSON and a plot.
+
+    \b
+    Example:
+      brt evaluate runs/recurrent runs/baseline --split test --clear-carry-every 512 --out evaluation
+    """
+    from brt_dist.inference.evaluate import evaluate
+
+    evaluate(runs, split=split, clear_carry_every=clear_carry_every, out=out, lanes=lanes, segment=segment)
+
+
+@app.command()
+def verify(
+    vectors: Annotated[list[Path], typer.Argument(metavar="VECTORS.npz", help="Files of reference vectors.")],
+) -> None:
+    """Checks the model against reference vectors.
+
+    Prints the largest errors, one JSON line a file. Exit status 0 if all are within their limits, 1 if not.
+
+    \b
+    Example:
+      brt verify tests/reference/fixed_skip.npz
+    """
+    from brt_dist.inference.verify import verify
+
+    passed = True
+    for path in vectors:
+        result = verify(path)
+        print(json.dumps(result), flush=True)
+        passed = passed and bool(result["passed"])
+    raise typer.Exit(0 if passed else 1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `brt` with `arguments` (None: those of this process) and returns its exit status."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("brt", list(sys.argv[1:] if arguments is None else arguments)) as context:
+            command.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code
+    except typer.TyperException as error:
+        where = getattr(error, "ctx", None)
+        return _refuse(f"{error.format_message()} (see {where.command_path if where else 'brt'} --help)")
+    except KeyboardInterrupt:
+        return _refuse("interrupted", status=130)
+    except Exception as error:
+        line = _user_line(error)
+        if line is None:
+            raise
+        return _refuse(line, by_every_rank=not _is(error, "brt_dist.run_config", "ConfigError"))
+    return 0
+
+
+def _load(config: Path, overrides: Iterable[str] | None) -> RunConfig:
+    from brt_dist.run_config import load_run_config
+
+    return load_run_config(config, list(overrides or ()))
+
+
+def _user_line(error: Exception) -> str | None:
+    """What to tell the user about `error`, on one line; None for a bug."""
+    if any(_is(error, module, kind) for module, kind in USER_ERRORS):
+        return str(error)
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error.strerror)
+    return None
+
+
+def _is(error: Exception, module: str, kind: str) -> bool:
+    """Whether `error` is a `module.kind`; a module that nobody imported has raised nothing, so it stays unloaded."""
+    return module in sys.modules and isinstance(error, getattr(sys.modules[module], kind))
+
+
+def _refuse(line: str, status: int = 2, by_every_rank: bool = False) -> int:
+    """Prints `line` on standard error, once for all ranks unless it may concern this one alone; returns `status`."""
+    rank = _from_launcher(RANK_NAMES, default=0)
+    if rank == 0 or by_every_rank:
+        print(f"brt: {f'rank {rank}: ' if rank else ''}{' '.join(line.split())}", file=sys.stderr, flush=True)
+    return status
+
+
+def _from_launcher(names: Iterable[str], default: int) -> int:
+    """The number that a launcher left in the environment under the first of `names` it set."""
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default)

@@ -1,0 +1,34 @@
+"""Settings of the lanes: where the shards lie and how they are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The `data` section of a run.
+
+    shards: folder of token shards; empty means the folder that `shards.dir` names.
+    segment: tokens of one lane in one forward pass (N); a multiple of the model's window.
+    lanes: rows of the global batch, whatever the number of ranks.
+    seed: decides the order of the documents, in every epoch another one.
+    verify: "full" checks the hash of every shard before it is read, "size" its length alone.
+    align: documents start at the next block ("block") or, as in the paper, at the next segment ("segment").
+    """
+
+    shards: str = ""
+    segment: int = 4096
+    lanes: int = 8
+    seed: int = 0
+    verify: Literal["full", "size"] = "full"
+    align: Literal["block", "segment"] = "block"
+
+    def __post_init__(self) -> None:
+        for name in ("segment", "lanes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least 1")
+        for name, choices in (("verify", ("full", "size")), ("align", ("block", "segment"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"data.{name} is {getattr(self, name)!r}; it must be {' or '.join(choices)}")

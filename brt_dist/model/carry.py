@@ -1,0 +1,94 @@
+"""What a lane remembers from one segment to the next, as a value.
+
+Dimension key
+  B  lanes    W  tokens in a block (= window)    H  heads    K  head width    S  state vectors    D  model width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from brt_dist.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class LayerCarry:
+    """Carry of one layer: keys and values of the last W tokens, unrotated; the state where the layer recurs."""
+
+    keys_BWHK: Tensor
+    values_BWHK: Tensor
+    state_BSD: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> LayerCarry:
+        """The carry with `change` applied to each of its tensors."""
+        state_BSD = None if self.state_BSD is None else change(self.state_BSD)
+        return LayerCarry(change(self.keys_BWHK), change(self.values_BWHK), state_BSD)
+
+
+@dataclass(frozen=True)
+class Carry:
+    """All that goes from one segment of a group of lanes to the next, layer by layer. The first dimension is lanes."""
+
+    layers: tuple[LayerCarry, ...]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Carry:
+        """The carry with `change` applied to each of its tensors."""
+        return Carry(tuple(layer.map(change) for layer in self.layers))
+
+    def detach(self) -> Carry:
+        """The same values as constants: gradients end at a segment's end.
+
+        Copies, because a cache that is a view of the segment's keys would keep all of them in memory.
+        """
+        return self.map(lambda tensor: tensor.detach().clone())
+
+    def lanes(self, first: int, count: int) -> Carry:
+        """The carry of `count` lanes from `first` on."""
+        return self.map(lambda tensor: tensor.narrow(0, first, count))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name, `layers.3.keys`, `layers.3.values` and `layers.3.state`."""
+        named = {}
+        for index, layer in enumerate(self.layers):
+            named[f"layers.{index}.keys"] = layer.keys_BWHK
+            named[f"layers.{index}.values"] = layer.values_BWHK
+            if layer.state_BSD is not None:
+                named[f"layers.{index}.state"] = layer.state_BSD
+        return named
+
+    @classmethod
+    def from_tensors(cls, named: Mapping[str, Tensor]) -> Carry:
+        """The inverse of `tensors`; KeyError where one is missing."""
+        count = sum(name.endswith(".keys") for name in named)
+        return cls(
+            tuple(
+                LayerCarry(named[f"layers.{i}.keys"], named[f"layers.{i}.values"], named.get(f"layers.{i}.state"))
+                for i in range(count)
+            )
+        )
+
+    @classmethod
+    def concatenate(cls, carries: Sequence[Carry]) -> Carry:
+        """One carry of all lanes of `carries`, in order."""
+        named = [carry.tensors() for carry in carries]
+        return cls.from_tensors({name: torch.cat([each[name] for each in named]) for name in named[0]})
+
+    @classmethod
+    def fresh(cls, config: ModelConfig, lanes: int, device: torch.device, dtype: torch.dtype) -> Carry:
+        """Zeros for `lanes` lanes. The learned initial state takes their place where a start is set.
+
+        The state is float32 whatever the dtype: a gate near 1 would lose small updates in bfloat16.
+        """
+        cache_BWHK = torch.zeros(lanes, config.window, config.num_heads, config.head_dim, device=device, dtype=dtype)
+        state_dtype = torch.promote_types(dtype, torch.float32)
+        state_BSD = torch.zeros(lanes, config.num_states, config.dim, device=device, dtype=state_dtype)
+        return cls(
+            tuple(
+                LayerCarry(cache_BWHK, cache_BWHK, state_BSD if index in config.recurrent_layers else None)
+                for index in range(config.num_layers)
+            )
+        )

@@ -1,0 +1,63 @@
+"""Cross-entropy of a linear classifier without its logits in memory.
+
+Dimension key
+  T  tokens (any leading dimensions, flattened)    D  model width    V  vocabulary    R  rows of one chunk
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+CHUNK = 1024
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, divisor: float, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of logits = hidden @ weight.T / divisor, in chunks of `chunk` tokens.
+
+    targets_T: int64, -100 where nothing is predicted. Returns the sum in nats, a float32 scalar through which gradients
+    flow, and nats_T, the float32 losses of the single tokens (0 where nothing is predicted) as constants.
+    No more than chunk x V logits exist at a time; the gradients are computed beside the loss, so backward is free.
+    """
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, divisor, chunk)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, divisor: float, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+        with_gradients = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        nats_T = torch.empty(targets_T.shape, dtype=wide, device=hidden_TD.device)
+        d_hidden_TD = torch.empty_like(hidden_TD) if with_gradients else None
+        d_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if with_gradients else None
+        for first in range(0, len(targets_T), chunk):
+            rows = slice(first, first + chunk)
+            hidden_RD, targets_R = hidden_TD[rows], targets_T[rows]
+            logits_RV = (hidden_RD @ weight_VD.T).to(wide) / divisor
+            nats_T[rows] = F.cross_entropy(logits_RV, targets_R, ignore_index=IGNORED, reduction="none")
+            if d_hidden_TD is None or d_weight_VD is None:
+                continue
+            predicted_R = targets_R != IGNORED
+            d_logits_RV = logits_RV.softmax(dim=-1)
+            d_logits_RV[torch.arange(len(targets_R)), targets_R.clamp(min=0)] -= 1
+            d_logits_RV *= predicted_R[:, None] / divisor
+            d_logits_RV = d_logits_RV.to(hidden_TD.dtype)
+            d_hidden_TD[rows] = d_logits_RV @ weight_VD
+            d_weight_VD += d_logits_RV.T @ hidden_RD
+        if d_weight_VD is not None:
+            ctx.save_for_backward(d_hidden_TD, d_weight_VD.to(weight_VD.dtype))
+        ctx.mark_non_differentiable(nats_T)
+        return nats_T.sum(), nats_T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden_TD, d_weight_VD = ctx.saved_tensors
+        return d_hidden_TD * gradients[0].to(d_hidden_TD.dtype), d_weight_VD * gradients[0].to(d_weight_VD.dtype), None, None, None

@@ -1,0 +1,88 @@
+"""The model: embedding, layers, and a head tied to the embedding. It knows no ranks, and its carry is a value.
+
+Dimension key
+  B  lanes    L  tokens in a segment    C  blocks in a segment    D  model width    V  vocabulary
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from brt_dist.model.carry import Carry
+from brt_dist.model.config import ModelConfig
+from brt_dist.model.initialization import initialize
+from brt_dist.model.loss import linear_cross_entropy
+from brt_dist.model.recurrent_layer import RecurrentLayer
+from brt_dist.model.transformer_layer import EPSILON, SharedDropout, TransformerLayer
+
+
+class BlockRecurrentTransformer(nn.Module):
+    """A decoder whose recurrent layers carry a state from block to block, segment to segment, step to step.
+
+        logits_BLV, carry = model(tokens_BL, carry, starts_BC)
+
+    tokens_BL   int64; L is a multiple of the window
+    carry       what the previous call returned, detached; None: every lane starts at block 0
+    starts_BC   bool; True where a document begins in front of block c: the lane forgets state and cache
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(
+            RecurrentLayer(config) if index in config.recurrent_layers else TransformerLayer(config)
+            for index in range(config.num_layers)
+        )
+        self.final_norm = nn.RMSNorm(config.dim, eps=EPSILON)
+        self.dropout = SharedDropout(config.dropout)
+        initialize(self, config, seed=int(torch.empty((), dtype=torch.int64, device="cpu").random_()))
+
+    def forward(
+        self, tokens_BL: Tensor, carry: Carry | None = None, starts_BC: Tensor | None = None
+    ) -> tuple[Tensor, Carry]:
+        """logits_BLV in the dtype of the weights, and the detached carry for the next segment."""
+        hidden_BLD, carry = self.hidden(tokens_BL, carry, starts_BC)
+        return F.linear(hidden_BLD, self.embedding.weight) / self.config.logit_divisor, carry
+
+    def loss(
+        self, tokens_BL: Tensor, targets_BL: Tensor, carry: Carry | None = None, starts_BC: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Carry]:
+        """Sum of the predicted tokens' losses in nats, nats_BL of each as constants, and the carry.
+
+        targets_BL: -100 where nothing is predicted. The full logits never exist (see `loss.py`).
+        """
+        hidden_BLD, carry = self.hidden(tokens_BL, carry, starts_BC)
+        nats, nats_T = linear_cross_entropy(
+            hidden_BLD.flatten(0, 1), self.embedding.weight, targets_BL.flatten(), self.config.logit_divisor
+        )
+        return nats, nats_T.view_as(targets_BL), carry
+
+    @torch.no_grad()
+    def token_losses(
+        self, tokens_BL: Tensor, targets_BL: Tensor, carry: Carry | None = None, starts_BC: Tensor | None = None
+    ) -> tuple[Tensor, Carry]:
+        """nats_BL of each token, float32, 0 where nothing is predicted, without gradients; and the carry."""
+        _, nats_BL, carry = self.loss(tokens_BL, targets_BL, carry, starts_BC)
+        return nats_BL, carry
+
+    def hidden(self, tokens_BL: Tensor, carry: Carry | None, starts_BC: Tensor | None) -> tuple[Tensor, Carry]:
+        """hidden_BLD behind the last norm, and the detached carry."""
+        lanes, length = tokens_BL.shape
+        if length % self.config.window:
+            raise ValueError(f"a segment of {length} tokens is not a multiple of the window, {self.config.window}")
+        if starts_BC is None:
+            starts_BC = tokens_BL.new_zeros(lanes, length // self.config.window, dtype=torch.bool)
+        if carry is None:
+            weight = self.embedding.weight
+            carry = Carry.fresh(self.config, lanes, weight.device, weight.dtype)
+            starts_BC = starts_BC.clone()
+            starts_BC[:, 0] = True
+        x_BLD = self.embedding(tokens_BL)
+        carries = []
+        for layer, layer_carry in zip(self.layers, carry.layers, strict=True):
+            x_BLD, layer_carry = layer(x_BLD, layer_carry, starts_BC)
+            carries.append(layer_carry)
+        return self.dropout(self.final_norm(x_BLD)), Carry(tuple(carries)).detach()

@@ -1,0 +1,44 @@
+"""Packaging of brt_dist. Settings of the tools (ruff, mypy, pytest) stand in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="brt_dist",
+    version="0.1.0",
+    description="Distributed pretraining of Block-Recurrent Transformers on long documents",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["brt_dist", "brt_dist.*", "preprocessing", "preprocessing.*"]),
+    install_requires=[
+        "torch>=2.7",
+        "deepspeed>=0.18",
+        "sentencepiece>=0.2",
+        "pyarrow>=16",
+        "mpi4py>=4.0",
+        "numpy>=1.26",
+        "pydantic>=2.7",
+        "pyyaml>=6.0",
+        "typer>=0.12",
+        "rich>=13.7",
+        "safetensors>=0.4.3",
+        "xxhash>=3.4",
+        "matplotlib>=3.8",
+        "tensorboard>=2.16",
+    ],
+    extras_require={
+        "dev": [
+            "hypothesis>=6.100",
+            "mpich>=4.3",
+            "mypy>=1.10",
+            "pre-commit>=3.7",
+            "pytest>=8.2",
+            "ruff>=0.5",
+            "types-PyYAML",
+        ],
+    },
+    entry_points={"console_scripts": ["brt=brt_dist.cli:main"]},
+)
