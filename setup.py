@@ -1,14 +1,20 @@
 """Packaging of brt_dist. Settings of the tools (ruff, mypy, pytest) stand in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "brt_dist/__init__.py").read_text(encoding="utf-8"), re.MULTILINE
+)
+
 setup(
     name="brt_dist",
-    version="0.1.0",
+    version=VERSION[1],
     description="Distributed pretraining of Block-Recurrent Transformers on long documents",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
@@ -22,7 +28,7 @@ setup(
         "numpy>=1.26",
         "pydantic>=2.7",
         "pyyaml>=6.0",
-        "typer>=0.12",
+        "typer>=0.29",
         "rich>=13.7",
         "safetensors>=0.4.3",
         "xxhash>=3.4",

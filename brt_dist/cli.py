@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,14 +15,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from brt_dist.parallel.launcher import read_launch
+
 if TYPE_CHECKING:
     from brt_dist.run_config import RunConfig
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-# torchrun and deepspeed set the first name of each row, OpenMPI the second, MPICH and Intel MPI the third.
-RANK_NAMES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-WORLD_SIZE_NAMES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 # Errors that a user causes and can mend, by the module that defines them.
 USER_ERRORS = (
@@ -73,7 +70,7 @@ def train(config: Config, overrides: Overrides = None, local_rank: LocalRank = N
     """
     run = _load(config, overrides)
     run.require("data.shards", "run.dir")
-    run.check_world(_from_launcher(WORLD_SIZE_NAMES, default=1))
+    run.check_world(read_launch().world_size)
     from brt_dist.train.trainer import train
 
     train(run.model, run.data, run.parallel, run.optimizer, run.train, run.run, resolved=run.as_dict())
@@ -82,7 +79,7 @@ def train(config: Config, overrides: Overrides = None, local_rank: LocalRank = N
 @app.command()
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders; one curve for each.")],
-    split: Annotated[str, typer.Option(help="Which documents: train, validation or test.")] = "validation",
+    split: Annotated[str, typer.Option(help="Which documents: train, validation or test.")] = "test",
     clear_carry_every: Annotated[
         int | None, typer.Option(metavar="N", help="Also score with the carry cleared every N tokens.")
     ] = None,
@@ -170,12 +167,7 @@ def _is(error: Exception, module: str, kind: str) -> bool:
 
 def _refuse(line: str, status: int = 2, by_every_rank: bool = False) -> int:
     """Prints `line` on standard error, once for all ranks unless it may concern this one alone; returns `status`."""
-    rank = _from_launcher(RANK_NAMES, default=0)
+    rank = read_launch().rank
     if rank == 0 or by_every_rank:
         print(f"brt: {f'rank {rank}: ' if rank else ''}{' '.join(line.split())}", file=sys.stderr, flush=True)
     return status
-
-
-def _from_launcher(names: Iterable[str], default: int) -> int:
-    """The number that a launcher left in the environment under the first of `names` it set."""
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default)

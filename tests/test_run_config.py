@@ -211,7 +211,7 @@ def test_lanes_that_data_ranks_and_micro_batches_do_not_divide_name_all(tmp_path
     config = load(tmp_path, "", "data.lanes=8", "parallel.micro_batches=2")
     config.check_world(1)
     config.check_world(4)
-    with pytest.raises(ConfigError, match="lanes is 8, which 3 data ranks x parallel.micro_batches 2 = 6 does not"):
+    with pytest.raises(ConfigError, match=r"lanes is 8, which 3 data ranks x parallel\.micro_batches 2 = 6 does not"):
         config.check_world(3)
     with pytest.raises(ConfigError, match="= 16 does not"):
         config.check_world(8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class BadInput(ValueError):
+class BadInput(ValueError):  # noqa: N818  (it is the input that is bad)
     """Input that cannot be worked on; the message is one line that names the thing and the numbers.
 
     Whatever bytes are found in an input file, the message stays one printable line.

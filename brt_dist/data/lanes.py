@@ -29,7 +29,7 @@ Order = Literal["seeded", "longest"]
 
 # A stretch is laid out in one go. The first are short, so that a few documents do not cost thousands of epochs at
 # once; later ones grow to a size at which numpy's fixed costs vanish and Python's temporary lists stay small.
-FIRST_STRETCH = 1 << 12
+FIRST_STRETCH = 1 << 8
 LARGEST_STRETCH = 1 << 18
 
 
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
     document: int
     offset: int  # the first of the document's n + 1 positions shown here
     column: int  # where in the segment it lands
-    count: int  # how many positions
+    count: int  # type: ignore[assignment]  # how many positions; hides tuple.count, of no use here
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +165,7 @@ class LanePlan:
         """32 hexadecimal digits that tell this plan from every other."""
         settings = (self.lanes, self.segment, self.window, self.seed, self.epoch, self.epochs, self.align, self.order)
         digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
-        digest.update(np.ascontiguousarray(self.lengths, dtype="<i8"))
+        digest.update(self.lengths.astype("<i8").tobytes())
         return digest.hexdigest()
 
     def at(self, position: int) -> Step:

@@ -65,8 +65,8 @@ def read_batch(documents: TokenSource, plan: LanePlan, eos: int, position: int, 
             _read_piece(documents, eos, piece, tokens_L[piece.column : end], targets_L[piece.column : end])
             if piece.offset == 0:
                 starts_C[piece.column // plan.window] = True
-    arrays = (torch.from_numpy(array) for array in (tokens_BL, targets_BL, starts_BC))
-    return Batch(*arrays, step.predicted, position, pieces)
+    tensors = [torch.from_numpy(array) for array in (tokens_BL, targets_BL, starts_BC)]
+    return Batch(tensors[0], tensors[1], tensors[2], step.predicted, position, pieces)
 
 
 def _read_piece(documents: TokenSource, eos: int, piece: Piece, inputs: np.ndarray, targets: np.ndarray) -> None:

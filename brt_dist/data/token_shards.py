@@ -210,6 +210,22 @@ class Documents:
         return found
 
 
+def open_documents(paths: Iterable[Path]) -> Documents:
+    """All documents of some shards, listed in a manifest or not; BadInput names a shard that cannot be read."""
+    return _documents([batch for path in paths for batch in _map_shard(path)], "all")
+
+
+def _documents(batches: list[_Batch], split: str) -> Documents:
+    chosen = [
+        np.arange(len(batch.columns), dtype=np.int64)
+        if split == "all"
+        else np.flatnonzero(np.array(batch.columns.column("split").to_pylist()) == split)
+        for batch in batches
+    ]
+    batch_of = np.repeat(np.arange(len(chosen), dtype=np.int64), [len(rows) for rows in chosen])
+    return Documents(batches, batch_of, np.concatenate([np.zeros(0, np.int64), *chosen]))
+
+
 class TokenShards:
     """A finished shard folder, checked against its manifest."""
 
@@ -264,14 +280,7 @@ class TokenShards:
         """The documents of `name`: train, validation, test or all."""
         if name not in (*SPLITS, "all"):
             raise BadInput(f"there is no split {name!r}: it must be one of {', '.join(SPLITS)} or all")
-        chosen = [
-            np.arange(len(batch.columns), dtype=np.int64)
-            if name == "all"
-            else np.flatnonzero(np.array(batch.columns.column("split").to_pylist()) == name)
-            for batch in self._batches
-        ]
-        batch_of = np.repeat(np.arange(len(chosen), dtype=np.int64), [len(rows) for rows in chosen])
-        return Documents(self._batches, batch_of, np.concatenate([np.zeros(0, np.int64), *chosen]))
+        return _documents(self._batches, name)
 
 
 def _map_shard(path: Path) -> list[_Batch]:

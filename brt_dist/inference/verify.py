@@ -1,7 +1,7 @@
 """Comparison with the reference implementation through its recorded vectors.
 
-A vectors file holds three consecutive segments of two lanes: tokens, logits, losses, states, caches, and the gradients
-of the first two. Our model gets the file's parameters and must reproduce all of it.
+A vectors file holds three consecutive segments of some lanes: tokens, logits, losses, states, caches, and the gradients
+of the first two. Our model takes the file's parameters and must reproduce all of it.
 
 Dimension key
   B  lanes    L  tokens in a segment    C  blocks in a segment    W  window    S  states    D  width    H, K  heads
@@ -9,9 +9,8 @@ Dimension key
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +19,111 @@ import torch
 from torch import Tensor
 
 from brt_dist.data.errors import BadInput
+from brt_dist.inference.reference_vectors import gradients_of, load_model, read_vectors
 from brt_dist.model.carry import Carry
-from brt_dist.model.config import ModelConfig
+from brt_dist.model.recurrent_layer import RecurrentCell
 from brt_dist.model.transformer import BlockRecurrentTransformer
 
 TOLERANCE = 1e-4
 SEGMENTS = (1, 2, 3)
 SEGMENTS_WITH_GRADIENTS = (1, 2)
 
-Vectors = Mapping[str, np.ndarray]
+
+@dataclass
+class Errors:
+    """Largest error of each quantity so far; NaN counts as infinite."""
+
+    logits: float = 0.0
+    token_losses: float = 0.0
+    states: float = 0.0
+    caches: float = 0.0
+    gradients: float = 0.0
+
+    def note(self, quantity: str, ours: Tensor, reference: np.ndarray, relative: bool = False) -> None:
+        """Take the largest difference of two tensors in; relative to the reference's largest entry unless that is 0."""
+        difference = float((ours.detach() - torch.from_numpy(reference)).abs().max())
+        largest = float(np.abs(reference).max())
+        error = difference / largest if relative and largest > 0 else difference
+        setattr(self, quantity, max(getattr(self, quantity), error if error == error else float("inf")))
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Run our model on a vectors file; the largest error of each quantity, and whether all are within 1e-4.
+    """Run our model on a vectors file: the largest error of each quantity, and whether all are within 1e-4.
 
-    Gradients are compared relative to each tensor's largest entry, or absolutely where that is zero.
-    BadInput where the file is no vectors file.
+    Gradients are compared relative to each tensor's largest entry, absolutely where that is zero.
+    BadInput where the file is no vectors file, or of a model that this version doesn't have.
     """
     vectors = read_vectors(path)
     try:
-        model = load_model(vectors)
-        errors = compare(model, vectors)
+        errors = compare(load_model(vectors), vectors)
     except KeyError as missing:
         raise BadInput(f"{path} is not a complete vectors file: it lacks {missing.args[0]}") from missing
-    passed = all(error <= TOLERANCE for error in errors.values())
-    return {"file": str(path), **errors, "passed": passed}
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise BadInput(f"{path} cannot be compared: {' '.join(str(error).split())}") from error
+    figures = vars(errors)
+    return {"file": str(path), **figures, "passed": all(error <= TOLERANCE for error in figures.values())}
 
 
-def read_vectors(path: Path) -> Vectors:
-    """The arrays of a vectors file."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            vectors = {name: file[name] for name in file.files}
-    except FileNotFoundError as error:
-        raise BadInput(f"there is no file {path}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise BadInput(f"{path} is not a vectors file: {_first_line(error)}") from error
-    if "config_json" not in vectors:
-        raise BadInput(f"{path} is not a vectors file of a model: it has no config_json")
-    return vectors
+def compare(model: BlockRecurrentTransformer, vectors: Mapping[str, np.ndarray]) -> Errors:
+    """Read the segments one after the other, our carry handed on, and note every quantity's error."""
+    errors = Errors()
+    carry = None
+    for segment in SEGMENTS:
+        states = _StateRecorder(model)
+        tokens_BL, targets_BL, starts_BC = _inputs(model, vectors, segment)
+        nats, nats_BL, next_carry = model.loss(tokens_BL, targets_BL, carry, starts_BC)
+        for layer, states_BCSD in states.recorded().items():
+            errors.note("states", states_BCSD, vectors[f"seg{segment}/state_after_block/{layer}"])
+        errors.note("token_losses", nats_BL, vectors[f"seg{segment}/token_losses"])
+        with torch.no_grad():
+            errors.note("logits", model(tokens_BL, carry, starts_BC)[0], vectors[f"seg{segment}/logits"])
+        if segment in SEGMENTS_WITH_GRADIENTS:
+            model.zero_grad()
+            nats.backward()
+            for name, gradient in gradients_of(model).items():
+                errors.note("gradients", gradient, vectors[f"seg{segment}/grad/{name}"], relative=True)
+        carry = next_carry
+        _compare_carry(errors, carry, vectors, segment)
+    return errors
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _inputs(
+    model: BlockRecurrentTransformer, vectors: Mapping[str, np.ndarray], segment: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens_BL = torch.from_numpy(vectors["tokens"][segment - 1]).long()
+    targets_BL = torch.from_numpy(vectors[f"seg{segment}/targets"]).long()
+    predicted_BL = torch.from_numpy(vectors[f"seg{segment}/loss_mask"])
+    starts_BC = torch.zeros(tokens_BL.shape[0], tokens_BL.shape[1] // model.config.window, dtype=torch.bool)
+    starts_BC[:, 0] = torch.from_numpy(vectors["start_of_sequence"][segment - 1])
+    return tokens_BL, targets_BL.masked_fill(~predicted_BL, -100), starts_BC
+
+
+def _compare_carry(errors: Errors, carry: Carry, vectors: Mapping[str, np.ndarray], segment: int) -> None:
+    for index, layer in enumerate(carry.layers):
+        prefix = f"seg{segment}/carry_out/transformer{index}"
+        errors.note("caches", layer.keys_BWHK, vectors[f"{prefix}/previous_keys"])
+        errors.note("caches", layer.values_BWHK, vectors[f"{prefix}/previous_values"])
+        if layer.state_BSD is not None:
+            errors.note("states", layer.state_BSD, vectors[f"{prefix}/recurrent_state"])
+
+
+@dataclass
+class _StateRecorder:
+    """Listens to every recurrent cell during one forward pass."""
+
+    model: BlockRecurrentTransformer
+    states: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        cells = [(index, layer.cell) for index, layer in enumerate(self.model.layers) if hasattr(layer, "cell")]
+        self.handles = [self._listen(index, cell) for index, cell in cells]
+
+    def _listen(self, index: int, cell: RecurrentCell) -> Any:
+        self.states[index] = []
+        return cell.register_forward_hook(lambda _cell, _inputs, outputs: self.states[index].append(outputs[0]))
+
+    def recorded(self) -> dict[int, Tensor]:
+        """states_BCSD by layer; stops listening."""
+        for handle in self.handles:
+            handle.remove()
+        return {index: torch.stack(states, dim=1) for index, states in self.states.items()}

@@ -5,10 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -22,7 +18,7 @@ class ModelConfig:
     recurrent_layers   their indices, counted from 0
     position           of the token self-attention: T5 relative bias, rotary, or none
     logit_scale        what logits are divided by: sqrt(dim) or sqrt(vocab_size)
-    dtype              of weights and activations in training; the state and its gates are float32 in any case
+    dtype              of weights and activations in training, as torch names it; the state and its gates are float32 in any case
     embedding_std      standard deviation of the initial embedding (reference: 1)
     attention_scale    initial scale of every attention head's unit-length scores (reference: 1)
     """
@@ -81,11 +77,6 @@ class ModelConfig:
         """What the product of final hidden vector and embedding is divided by."""
         return (self.dim if self.logit_scale == "sqrt_dim" else self.vocab_size) ** 0.5
 
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """`dtype` as torch names it."""
-        return DTYPES[self.dtype]
-
     def check_segment(self, segment: int) -> None:
         """ValueError unless segments of `segment` tokens are whole blocks, two at least where layers recur.
 
@@ -106,5 +97,5 @@ _CHOICES = {
     "cell": ("skip", "dual", "single"),
     "position": ("t5", "rotary", "none"),
     "logit_scale": ("sqrt_dim", "sqrt_vocab"),
-    "dtype": tuple(DTYPES),
+    "dtype": ("float32", "bfloat16", "float16"),
 }

@@ -62,7 +62,13 @@ def _ops_offer_window() -> bool:
 
 
 def _varlen_with_window(
-    queries_THK: Tensor, keys_THK: Tensor, values_THK: Tensor, query_ends: Tensor, key_ends: Tensor, window: int, keys: int
+    queries_THK: Tensor,
+    keys_THK: Tensor,
+    values_THK: Tensor,
+    query_ends: Tensor,
+    key_ends: Tensor,
+    window: int,
+    keys: int,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 

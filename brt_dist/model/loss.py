@@ -60,4 +60,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden_TD, d_weight_VD = ctx.saved_tensors
-        return d_hidden_TD * gradients[0].to(d_hidden_TD.dtype), d_weight_VD * gradients[0].to(d_weight_VD.dtype), None, None, None
+        return (
+            d_hidden_TD * gradients[0].to(d_hidden_TD.dtype),
+            d_weight_VD * gradients[0].to(d_weight_VD.dtype),
+            None,
+            None,
+            None,
+        )

@@ -1,0 +1,165 @@
+"""Checkpoint folders: whole or not there, found without a pointer file, readable without running code.
+
+    checkpoints/step-00000006/
+      parameters.safetensors        every parameter by name, float32
+      optimizer.safetensors         <parameter>/<moment>, float32
+      carry-00000-00004.safetensors the carry of lanes 0 to 3, by layer; one file for each group that wrote it
+      checkpoint.json               step, position and what else is needed to go on; size and hash of every file
+
+Nothing in it depends on the number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FACTS = "checkpoint.json"
+PARAMETERS = "parameters.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+_NAME = re.compile(r"step-(\d{8})")
+_CARRY = re.compile(r"carry-(\d+)-(\d+)\.safetensors")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names it and says why."""
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of `step` stands."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def begin(run: Path, step: int) -> Path:
+    """An empty folder in which the parts of a new checkpoint are written; `finish` gives it its name."""
+    partial = folder_of(run, step).with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file and force it to the disk."""
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name)
+    _sync(folder / name)
+
+
+def carry_file(lanes: range) -> str:
+    """The name of the file that holds the carry of `lanes`, global numbers."""
+    return f"carry-{lanes.start:05d}-{lanes.stop:05d}.safetensors"
+
+
+def finish(partial: Path, facts: Mapping[str, Any]) -> Path:
+    """Add the facts and the hashes of all parts, and give the folder its name. A checkpoint exists from here on."""
+    files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
+    (partial / FACTS).write_text(json.dumps({**facts, "files": files}, indent=1) + "\n", encoding="utf-8")
+    _sync(partial / FACTS)
+    _sync(partial)
+    final = partial.with_suffix("")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    _sync(final.parent)
+    return final
+
+
+def newest_checkpoint(run: Path, warn: Callable[[str], None] | None = None) -> Path | None:
+    """The newest undamaged checkpoint of a run, None where there is none. Damaged ones are told to `warn`."""
+    folders = sorted(p for p in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(p.name))
+    for folder in reversed(folders):
+        found = damage(folder)
+        if found is None:
+            return folder
+        if warn is not None:
+            warn(f"{folder.name} is passed over: {found}")
+    return None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in one phrase; None if all files are there, with their sizes and hashes."""
+    try:
+        files = read_facts(folder)["files"]
+    except (CheckpointError, KeyError) as error:
+        return f"{error}"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{path} has {path.stat().st_size} bytes instead of {expected['size']}"
+        if _describe(path) != expected:
+            return f"{path} was altered: its hash is not the one in {FACTS}"
+    return None
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What `finish` was given, and the list of files. CheckpointError where it cannot be read."""
+    try:
+        return json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not a complete checkpoint: {FACTS} cannot be read ({error})") from error
+
+
+def load_parameters(folder: Path) -> dict[str, Tensor]:
+    """Every parameter by name, float32."""
+    return _load(folder / PARAMETERS)
+
+
+def load_optimizer(folder: Path) -> dict[str, Tensor]:
+    """AdamW's moments by `<parameter>/<moment>`, float32."""
+    return _load(folder / OPTIMIZER)
+
+
+def load_carry(folder: Path, lanes: range) -> dict[str, Tensor]:
+    """The carry of `lanes`, by the names of `Carry.tensors`, whoever wrote them. CheckpointError names a lacking lane."""
+    rows: dict[str, list[Tensor]] = {}
+    next_lane = lanes.start
+    for path, held in sorted(_carry_files(folder), key=lambda item: item[1].start):
+        wanted = range(max(held.start, next_lane), min(held.stop, lanes.stop))
+        if wanted and wanted.start == next_lane:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                    part = file.get_slice(name)[wanted.start - held.start : wanted.stop - held.start]
+                    rows.setdefault(name, []).append(part)
+            next_lane = wanted.stop
+    if next_lane != lanes.stop:
+        raise CheckpointError(f"{folder} holds no carry of lane {next_lane}")
+    return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+def _carry_files(folder: Path) -> list[tuple[Path, range]]:
+    matches = [(path, _CARRY.fullmatch(path.name)) for path in folder.iterdir()]
+    return [(path, range(int(match[1]), int(match[2]))) for path, match in matches if match]
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return {"size": path.stat().st_size, "hash": digest.hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

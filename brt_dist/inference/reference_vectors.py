@@ -1,0 +1,129 @@
+"""Parameters by the reference implementation's names, and how they lie in ours.
+
+The reference keeps every projection in a matrix of its own, stored [in, out]; ours stand [out, in], those with the same
+input in one, row under row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from brt_dist.data.errors import BadInput
+from brt_dist.model.config import ModelConfig
+from brt_dist.model.transformer import BlockRecurrentTransformer
+
+HEAD = {"embedding.weight": ["embed/embedding"], "final_norm.weight": ["final_layernorm/scale"]}
+TOKENS = {
+    "attention_norm.weight": ["tbase/_kvq/pre_attn_layernorm/scale"],
+    "projection.weight": [
+        "tbase/_kvq/queries_layer/kernel",
+        "tbase/_kvq/keys_layer/kernel",
+        "tbase/_kvq/values_layer/kernel",
+    ],
+    "scale_H": ["tbase/_kvq/attention_scale"],
+    "bias.table": ["relative_positions/rel_embedding"],
+    "attention_output.weight": ["tbase/post_attn_mlp/output_layer/kernel"],
+    "mlp_norm.weight": ["tbase/pre_ffn_layernorm/scale"],
+    "mlp.input.weight": ["tbase/ffn/hidden0/kernel"],
+    "mlp.output.weight": ["tbase/ffn/output_layer/kernel"],
+}
+READING_TOKENS = {
+    **TOKENS,
+    "projection.weight": [*TOKENS["projection.weight"], "tbase/_kvq/queries2_layer/kernel"],
+    "state_scale_H": ["tbase/attention_scale2"],
+}
+CELL = {
+    "norm.weight": ["_kvq/pre_attn_layernorm/scale"],
+    "ids_SD": ["_kvq/position_embeddings"],
+    "projection.weight": [f"_kvq/{part}_layer/kernel" for part in ("queries", "queries2", "keys", "values")],
+    "scale_H": ["_kvq/attention_scale"],
+    "token_scale_H": ["attention_scale2"],
+    "update.weight": ["post_attn_mlp/output_layer/kernel"],
+    "gate.bias_D": ["post_attn_mlp/gate_bias"],
+}
+
+
+def read_vectors(path: Path) -> Mapping[str, np.ndarray]:
+    """The arrays of a vectors file; BadInput where it is none."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            vectors = {name: file[name] for name in file.files}
+    except FileNotFoundError as error:
+        raise BadInput(f"there is no file {path}") from error
+    except Exception as error:  # numpy and zipfile raise a dozen kinds for a broken file
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise BadInput(f"{path} is not a vectors file: {lines[0]}") from error
+    if "config_json" not in vectors:
+        raise BadInput(f"{path} is not a vectors file of a model: it has no config_json")
+    return vectors
+
+
+def load_model(vectors: Mapping[str, np.ndarray]) -> BlockRecurrentTransformer:
+    """Our model with the file's sizes and parameters. KeyError names what the file lacks."""
+    model = BlockRecurrentTransformer(model_config(json.loads(str(vectors["config_json"]))))
+    parameters = {
+        ours: torch.cat([_turn(name, torch.from_numpy(vectors[f"param/{name}"])) for name in theirs])
+        for ours, theirs in reference_names(model.config).items()
+    }
+    model.load_state_dict(parameters)
+    return model
+
+
+def model_config(reference: Mapping[str, Any]) -> ModelConfig:
+    """Our configuration for the reference's; ValueError where this version doesn't have it."""
+    cell = "single" if reference["recurrent_single_gate"] else "skip" if reference["recurrent_skip_ffn"] else "dual"
+    recurrent = tuple(reference["recurrent_layer_indices"])
+    return ModelConfig(
+        vocab_size=reference["vocab_size"],
+        dim=reference["embedding_size"],
+        num_layers=reference["num_layers"],
+        num_heads=reference["num_heads"],
+        head_dim=reference["head_size"],
+        mlp_dim=reference["mlp_dim"],
+        window=reference["window_length"],
+        num_states=reference["recurrent_num_states"] if recurrent else 1,
+        recurrent_layers=recurrent,
+        gate="lstm" if reference["recurrent_gate_type"] == "lstm" else "fixed",
+        cell=cell if recurrent else "skip",
+        position="t5",
+        feedback=bool(reference["feedback_recurrence"]),
+    )
+
+
+def reference_names(config: ModelConfig) -> dict[str, list[str]]:
+    """For each of our parameters the reference's whose rows it holds, one under the other."""
+    names = dict(HEAD)
+    for index in range(config.num_layers):
+        recurrent = index in config.recurrent_layers
+        tokens = f"layers.{index}.tokens" if recurrent else f"layers.{index}"
+        for ours, theirs in (READING_TOKENS if recurrent else TOKENS).items():
+            names[f"{tokens}.{ours}"] = [f"transformer{index}/{name}" for name in theirs]
+        if recurrent:
+            names[f"layers.{index}.initial_state_SD"] = [f"transformer{index}/recurrent_initial_state"]
+            for ours, theirs in CELL.items():
+                names[f"layers.{index}.cell.{ours}"] = [f"transformer{index}/recurrent_tbase/{name}" for name in theirs]
+    return names
+
+
+def gradients_of(model: BlockRecurrentTransformer) -> dict[str, Tensor]:
+    """Every parameter's gradient under the reference's name and in its shape."""
+    parameters = dict(model.named_parameters())
+    gradients = {}
+    for ours, theirs in reference_names(model.config).items():
+        gradient = parameters[ours].grad
+        gradient = torch.zeros_like(parameters[ours]) if gradient is None else gradient
+        for name, part in zip(theirs, gradient.chunk(len(theirs)), strict=True):
+            gradients[name] = _turn(name, part)
+    return gradients
+
+
+def _turn(name: str, tensor: Tensor) -> Tensor:
+    """Matrices stand [in, out] in the reference and [out, in] in ours; everything else is the same."""
+    return tensor.T if name.endswith("/kernel") else tensor

@@ -1,0 +1,89 @@
+"""The folder of a run: its configuration, which is written once, and the lines it has logged.
+
+A folder belongs to one configuration. Keys that change neither the model nor what it learns may differ when a run goes
+on: how long, how often something is saved or scored, and how the work is laid over processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from brt_dist.data.errors import BadInput
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+VERIFIED = "verified_shards.json"
+
+OWN_SECTIONS = ("model", "data", "optimizer", "train")
+FREE_KEYS = (
+    *("data.shards", "data.verify"),  # the checkpoint knows the tokens themselves by their hash
+    *(f"train.{key}" for key in ("steps", "save_every", "profile_steps")),
+    *(f"train.{key}" for key in ("evaluate_every", "evaluate_documents", "evaluate_tokens")),
+)
+
+Config = Mapping[str, Mapping[str, Any]]
+
+
+def check_run_folder(folder: Path, resolved: Config) -> None:
+    """BadInput where the folder holds a run of another configuration; names the keys and both values."""
+    path = folder / CONFIG
+    if not path.exists():
+        return
+    try:
+        there = yaml.safe_load(path.read_text(encoding="utf-8"))
+        different = differences(there, resolved)
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as a configuration, so {folder} is left alone") from error
+    if different:
+        raise BadInput(f"{folder} holds a run of another configuration: {'; '.join(different)}; choose another run.dir")
+
+
+def differences(there: Config, here: Config) -> list[str]:
+    """A phrase for each key that decides a run's result and has another value."""
+    flat_there, flat_here = _flat(there), _flat(here)
+    return [
+        f"{key} is {flat_there.get(key)} there and {flat_here.get(key)} here"
+        for key in dict.fromkeys([*flat_there, *flat_here])
+        if flat_there.get(key) != flat_here.get(key)
+    ]
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    flat = {f"{section}.{key}": value for section in OWN_SECTIONS for key, value in config.get(section, {}).items()}
+    return {key: value for key, value in flat.items() if key not in FREE_KEYS}
+
+
+def write_config(folder: Path, resolved: Config) -> None:
+    """Write the resolved configuration, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / CONFIG, yaml.safe_dump(dict(resolved), sort_keys=False))
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Keep the JSON lines of steps up to `step`; a last line that was cut off goes too."""
+    if path.exists():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        _replace(path, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,242 @@
+"""The training loop: lanes in, optimizer steps, carry handed on, and everything needed to go on later."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from brt_dist.checkpoint import files as checkpoints
+from brt_dist.data.config import DataConfig
+from brt_dist.data.errors import BadInput
+from brt_dist.data.lanes import LanePlan, plan_lanes
+from brt_dist.data.loader import Loader
+from brt_dist.data.token_shards import TokenShards
+from brt_dist.model.carry import Carry
+from brt_dist.model.config import ModelConfig
+from brt_dist.model.flops import forward_flops_per_token
+from brt_dist.model.initialization import initialize
+from brt_dist.model.transformer import BlockRecurrentTransformer
+from brt_dist.parallel.config import ParallelConfig
+from brt_dist.parallel.launcher import read_launch
+from brt_dist.parallel.process_groups import Processes, joined
+from brt_dist.train.config import OptimizerConfig, RunFolderConfig, TrainConfig
+from brt_dist.train.engine import Engine
+from brt_dist.train.evaluation import evaluate_during_training
+from brt_dist.train.metrics import Reporter, peak_flops
+from brt_dist.train.optimizer import learning_rate
+from brt_dist.train.run_folder import VERIFIED, check_run_folder, write_config
+
+
+def train(
+    model: ModelConfig,
+    data: DataConfig,
+    parallel: ParallelConfig,
+    optimizer: OptimizerConfig,
+    train: TrainConfig,
+    run: RunFolderConfig,
+    resolved: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Train to `train.steps` in the folder `run.dir`, from its newest checkpoint if it has one.
+
+    `resolved` is the whole configuration as it is written into the folder. Every process of the run calls this.
+    BadInput or CheckpointError where something doesn't fit; nothing is overwritten then.
+    """
+    folder = Path(run.dir)
+    with joined(read_launch(), parallel) as processes:
+        start = processes.on_leader(lambda: _find_start(folder, resolved))
+        if start is not None and checkpoints.read_facts(start)["step"] >= train.steps:
+            if processes.leads:
+                print(f"{folder} is finished: {start.name} stands at {train.steps} steps or more")
+            return
+        trainer = Trainer(model, data, parallel, optimizer, train, folder, processes, start)
+        processes.on_leader(lambda: write_config(folder, resolved))
+        trainer.run()
+
+
+def _find_start(folder: Path, resolved: Mapping[str, Mapping[str, Any]]) -> Path | None:
+    check_run_folder(folder, resolved)
+    return checkpoints.newest_checkpoint(folder, warn=lambda line: print(line, flush=True))
+
+
+class Trainer:
+    """One run on this process's share of the lanes."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        data: DataConfig,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        config: TrainConfig,
+        folder: Path,
+        processes: Processes,
+        start: Path | None,
+    ):
+        self.config, self.folder, self.processes = config, folder, processes
+        self.data, self.optimizer = data, optimizer
+        self.shards = _open_shards(data, model, folder, processes)
+        self.documents = self.shards.split("train")
+        self.plan = _plan(self.documents.lengths, data, model.window, self.shards)
+        self.lanes = processes.micro_batch_lanes(data.lanes, parallel.micro_batches)
+        self.step, self.tokens = 0, 0
+        self.carries: list[Carry | None] = [None] * len(self.lanes)
+        module = BlockRecurrentTransformer(model)
+        initialize(module, model, config.seed)
+        self.engine = Engine(module, parallel, optimizer, config.clip_norm, processes, data.lanes)
+        if start is not None:
+            self._restore(start)
+        self.flops_per_token = 3 * forward_flops_per_token(model, data.segment)
+        self.peak_flops = peak_flops(processes.device, getattr(torch, model.dtype))
+
+    def run(self) -> None:
+        """Step until `train.steps`, saving and evaluating on the way."""
+        with ExitStack() as stack:
+            report = stack.enter_context(
+                Reporter(self.folder, self.config.steps, self.step, active=self.processes.leads)
+            )
+            self._introduce(report)
+            loaders = [
+                stack.enter_context(Loader(self.documents, self.plan, self.shards.eos, lanes, first=self.step))
+                for lanes in self.lanes
+            ]
+            profiler = stack.enter_context(_profiled(self.folder, self.config.profile_steps, self.processes))
+            while self.step < self.config.steps:
+                report.step(self._take_step(loaders))
+                if profiler is not None:
+                    profiler.step()
+                if _due(self.step, self.config.evaluate_every) and len(self.validation):
+                    report.evaluation({"step": self.step, **self._evaluate()})
+                if _due(self.step, self.config.save_every) or self.step == self.config.steps:
+                    self._save()
+
+    def _take_step(self, loaders: list[Loader]) -> dict[str, Any]:
+        began = time.perf_counter()
+        batches = [next(loader) for loader in loaders]
+        loaded = time.perf_counter()
+        self.step += 1
+        lr = learning_rate(self.step, self.config.steps, self.optimizer)
+        seed = self.config.seed * 1_000_003 + self.step
+        result, self.carries = self.engine.step(batches, self.carries, lr, seed)
+        ended = time.perf_counter()
+        predicted = batches[0].predicted
+        self.tokens += predicted
+        rate = predicted / (ended - began)
+        figures = {
+            "step": self.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens": self.tokens,
+            "step_seconds": ended - began,
+            "data_seconds": loaded - began,
+            "tokens_per_second": rate,
+        }
+        if self.peak_flops is not None:
+            figures["mfu"] = rate * self.flops_per_token / (self.peak_flops * self.processes.data_ranks)
+        return figures
+
+    @property
+    def validation(self) -> Any:
+        """The documents that training scores from time to time."""
+        return self.shards.split("validation")
+
+    def _evaluate(self) -> dict[str, Any]:
+        return evaluate_during_training(
+            self.engine.model,
+            self.validation,
+            self.shards.eos,
+            count=self.config.evaluate_documents,
+            limit_tokens=self.config.evaluate_tokens,
+            segment=self.data.segment,
+            lanes=self.data.lanes // self.processes.data_ranks,
+            processes=self.processes,
+        )
+
+    def _introduce(self, report: Reporter) -> None:
+        count = sum(parameter.numel() for parameter in self.engine.model.parameters())
+        report.say(
+            f"{count:,} parameters, {self.processes.data_ranks} data ranks on {self.processes.device.type}, "
+            f"{self.data.lanes} lanes x {self.data.segment} tokens a step, {len(self.documents)} documents"
+        )
+        if self.step:
+            report.say(f"going on behind step {self.step}")
+        if self.config.evaluate_every and not len(self.validation):
+            report.say("no evaluation during training: the validation split holds no document")
+
+    def _save(self) -> None:
+        """Write a checkpoint: rank 0 the parameters and the optimizer, every rank the carry of its lanes."""
+        parameters, moments = self.engine.parameters(), self.engine.optimizer_state()
+        partial = self.processes.on_leader(lambda: checkpoints.begin(self.folder, self.step))
+        carry = Carry.concatenate([carry for carry in self.carries if carry is not None])
+        mine = range(self.lanes[0].start, self.lanes[-1].stop)
+        checkpoints.write_tensors(partial, checkpoints.carry_file(mine), carry.map(lambda t: t.cpu()).tensors())
+        if self.processes.leads:
+            checkpoints.write_tensors(partial, checkpoints.PARAMETERS, parameters)
+            checkpoints.write_tensors(partial, checkpoints.OPTIMIZER, moments)
+        self.processes.barrier()
+        facts = {
+            "step": self.step,
+            "position": self.step,
+            "tokens": self.tokens,
+            "lanes": self.data.lanes,
+            "seed": self.config.seed,
+            "plan": self.plan.hash,
+            "shards": self.shards.hash,
+        }
+        self.processes.on_leader(lambda: checkpoints.finish(partial, facts))
+
+    def _restore(self, start: Path) -> None:
+        facts = checkpoints.read_facts(start)
+        for name, here in (("shards", self.shards.hash), ("plan", self.plan.hash)):
+            if facts[name] != here:
+                raise BadInput(f"{start} was made with other {name}: hash {facts[name]} there, {here} here")
+        self.step, self.tokens = facts["step"], facts["tokens"]
+        self.engine.restore(checkpoints.load_parameters(start), checkpoints.load_optimizer(start), self.step)
+        for index, lanes in enumerate(self.lanes):
+            carry = Carry.from_tensors(checkpoints.load_carry(start, lanes))
+            self.carries[index] = carry.map(lambda tensor: tensor.to(self.processes.device))
+
+
+def _open_shards(data: DataConfig, model: ModelConfig, folder: Path, processes: Processes) -> TokenShards:
+    """Checked once, by the leading process, against the manifest and against the model's vocabulary."""
+
+    def check() -> None:
+        shards = TokenShards.open(data.shards, data.verify, memory=folder / VERIFIED)
+        if shards.vocab_size != model.vocab_size:
+            raise BadInput(
+                f"model.vocab_size is {model.vocab_size}, but the shards in {data.shards} were made with a "
+                f"tokenizer of {shards.vocab_size}"
+            )
+        if not len(shards.split("train")):
+            raise BadInput(f"the train split of {data.shards} holds no document")
+
+    processes.on_leader(check)
+    return TokenShards.open(data.shards, "none")
+
+
+def _plan(lengths: Any, data: DataConfig, window: int, shards: TokenShards) -> LanePlan:
+    return plan_lanes(lengths, data.lanes, data.segment, window, seed=data.seed, align=data.align)
+
+
+@contextmanager
+def _profiled(folder: Path, steps: int, processes: Processes) -> Iterator[Any]:
+    """A torch profiler over `steps` steps behind a first one, its trace in the run folder; None for 0 steps."""
+    if not steps:
+        yield None
+        return
+    trace = folder / "profile" / f"rank-{processes.data_rank:05d}.json"
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    with torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=1, warmup=0, active=steps, repeat=1),
+        on_trace_ready=lambda profile: profile.export_chrome_trace(str(trace)),
+    ) as profiler:
+        yield profiler
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,215 @@
+"""Shards give back what was written, and say so when they do not hold it any more."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from brt_dist.data import token_shards
+from brt_dist.data.atomic_file import write_json
+from brt_dist.data.errors import BadInput
+from brt_dist.data.token_shards import ShardRow, TokenShards, file_hash, open_documents, token_type, write_shard
+
+SPLIT_OF = ("train", "validation", "train", "test", "train")
+
+
+def row(number: int, length: int) -> ShardRow:
+    tokens = np.arange(number * 1000, number * 1000 + length, dtype=np.int32)
+    return ShardRow(f"doc {number}", f"file {number}", SPLIT_OF[number % 5], 3 * length, length, tokens)
+
+
+ROWS = [row(number, length) for number, length in enumerate((5, 0, 700, 1, 30, 2, 9))]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A finished shard folder of two shards."""
+    entries = [write_shard(tmp_path / "a.arrow", ROWS[:4], 10000), write_shard(tmp_path / "b.arrow", ROWS[4:], 10000)]
+    (tmp_path / "tokenizer.model").write_bytes(b"model")
+    manifest = {
+        "format": 1,
+        "vocab_size": 10000,
+        "documents": len(ROWS),
+        "tokenizer": {"file": "tokenizer.model", "hash": file_hash(tmp_path / "tokenizer.model"), "eos": 1},
+        "shards": [vars(entry) for entry in entries],
+    }
+    write_json(tmp_path / "manifest.json", manifest)
+    return tmp_path
+
+
+def test_every_document_comes_back_in_the_order_of_the_shards(folder: Path) -> None:
+    shards = TokenShards.open(folder)
+    documents = shards.split("all")
+    assert documents.ids == [entry.id for entry in ROWS]
+    assert documents.sources == [entry.source for entry in ROWS]
+    assert documents.lengths.tolist() == [len(entry.tokens) for entry in ROWS]
+    assert documents.bytes.tolist() == [entry.bytes for entry in ROWS]
+    assert documents.words.tolist() == [entry.words for entry in ROWS]
+    assert [documents.tokens(index).tolist() for index in range(len(documents))] == [
+        entry.tokens.tolist() for entry in ROWS
+    ]
+    assert (shards.vocab_size, shards.eos, shards.tokenizer_path) == (10000, 1, folder / "tokenizer.model")
+
+
+def test_the_splits_together_are_all_documents_once(folder: Path) -> None:
+    shards = TokenShards.open(folder)
+    for name in ("train", "validation", "test"):
+        documents = shards.split(name)
+        expected = [entry for entry in ROWS if entry.split == name]
+        assert documents.ids == [entry.id for entry in expected]
+        assert documents.lengths.tolist() == [len(entry.tokens) for entry in expected]
+        for index, entry in enumerate(expected):
+            assert documents.tokens(index).tolist() == entry.tokens.tolist()
+    with pytest.raises(BadInput, match="'dev'"):
+        shards.split("dev")
+
+
+def test_a_stretch_of_tokens_is_a_view_of_the_file_and_ends_with_its_document(folder: Path) -> None:
+    documents = TokenShards.open(folder).split("all")
+    assert documents.tokens(2, 10, 5).tolist() == list(range(2010, 2015))
+    assert documents.tokens(2, 698, 5).tolist() == [2698, 2699]
+    assert documents.tokens(2, 700).tolist() == documents.tokens(2, 900, 3).tolist() == []
+    view = documents.tokens(2, 10, 5)
+    assert np.shares_memory(view, documents.tokens(2))
+    assert not view.flags.owndata
+    assert not view.flags.writeable
+
+
+def test_a_shard_of_several_batches_reads_like_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_shards, "_BATCH_TOKENS", 20)
+    write_shard(tmp_path / "many.arrow", ROWS, 10000)
+    documents = open_documents([tmp_path / "many.arrow"])
+    assert len(documents._batches) > 2
+    assert documents.ids == [entry.id for entry in ROWS]
+    assert [documents.tokens(index).tolist() for index in range(len(ROWS))] == [entry.tokens.tolist() for entry in ROWS]
+
+
+def test_a_shard_without_documents_can_be_read(tmp_path: Path) -> None:
+    assert write_shard(tmp_path / "none.arrow", [], 100).documents == 0
+    documents = open_documents([tmp_path / "none.arrow"])
+    assert (len(documents), documents.ids, documents.lengths.tolist()) == (0, [], [])
+
+
+def test_tokens_take_two_bytes_up_to_a_vocabulary_of_65536(tmp_path: Path) -> None:
+    assert (token_type(65536), token_type(65537)) == (np.uint16, np.uint32)
+    for vocab_size, largest in ((65536, 65535), (65537, 65536)):
+        last = ShardRow("id", "source", "train", 1, 1, np.array([0, largest], np.int32))
+        write_shard(tmp_path / "wide.arrow", [last], vocab_size)
+        tokens = open_documents([tmp_path / "wide.arrow"]).tokens(0)
+        assert tokens.tolist() == [0, largest]
+        assert tokens.dtype == token_type(vocab_size)
+
+
+def test_the_same_documents_give_the_same_bytes(tmp_path: Path) -> None:
+    first = write_shard(tmp_path / "first.arrow", ROWS, 10000)
+    second = write_shard(tmp_path / "second.arrow", iter(ROWS), 10000)
+    assert (first.hash, first.size, first.documents, first.tokens) == (second.hash, second.size, 7, 747)
+    assert (tmp_path / "first.arrow").read_bytes() == (tmp_path / "second.arrow").read_bytes()
+
+
+def test_a_failure_while_writing_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "shard.arrow").write_bytes(b"earlier")
+
+    def rows() -> Iterator[ShardRow]:
+        yield ROWS[0]
+        raise BadInput("in the middle")
+
+    with pytest.raises(BadInput, match="in the middle"):
+        write_shard(tmp_path / "shard.arrow", rows(), 10000)
+    assert [path.name for path in tmp_path.iterdir()] == ["shard.arrow"]
+    assert (tmp_path / "shard.arrow").read_bytes() == b"earlier"
+
+
+@pytest.mark.parametrize("verify", ["full", "size"])
+def test_a_truncated_shard_is_named_with_both_sizes(folder: Path, verify: str) -> None:
+    size = (folder / "b.arrow").stat().st_size
+    os.truncate(folder / "b.arrow", size - 8)
+    with pytest.raises(BadInput, match=rf"b\.arrow is truncated: expected {size} bytes, found {size - 8}"):
+        TokenShards.open(folder, verify=verify)
+
+
+@pytest.mark.parametrize("name", ["a.arrow", "tokenizer.model"])
+def test_one_flipped_bit_in_a_file_of_the_right_size_is_noticed(folder: Path, name: str) -> None:
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(BadInput, match=rf"{name} was altered: expected hash [0-9a-f]+, found [0-9a-f]+"):
+        TokenShards.open(folder)
+    TokenShards.open(folder, verify="size")
+
+
+def test_a_missing_shard_is_named(folder: Path) -> None:
+    (folder / "b.arrow").unlink()
+    with pytest.raises(BadInput, match=r"b\.arrow is missing"):
+        TokenShards.open(folder)
+    with pytest.raises(BadInput, match=r"b\.arrow is missing"):
+        TokenShards.open(folder, verify="none")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"manifest\.json does not exist"),
+        (b"{half", r"manifest\.json cannot be read as a manifest"),
+        (b"\xff\xfe", r"manifest\.json cannot be read as a manifest"),
+        (b"[1]", r"not a manifest of format 1: found 'list'"),
+        (b'{"format": 99}', r"not a manifest of format 1: found 99"),
+        (b'{"format": 1, "shards": []}', r"manifest\.json is not a whole manifest"),
+    ],
+)
+def test_a_folder_without_a_manifest_of_ours_is_bad_input(folder: Path, content: bytes | None, message: str) -> None:
+    (folder / "manifest.json").unlink()
+    if content is not None:
+        (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(BadInput, match=message):
+        TokenShards.open(folder)
+
+
+def test_a_file_that_is_no_arrow_file_is_named_even_when_nothing_is_verified(folder: Path) -> None:
+    (folder / "a.arrow").write_bytes(b"something else altogether")
+    with pytest.raises(BadInput, match=r"a\.arrow cannot be read"):
+        TokenShards.open(folder, verify="none")
+
+
+def test_checked_hashes_are_remembered_until_a_file_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+
+    def counting(path: Path) -> str:
+        hashed.append(path.name)
+        return file_hash(path)
+
+    monkeypatch.setattr(token_shards, "file_hash", counting)
+    memory = folder / "memory" / "verified.json"
+    TokenShards.open(folder, memory=memory)
+    assert sorted(hashed) == ["a.arrow", "b.arrow", "tokenizer.model"]
+    TokenShards.open(folder, memory=memory)
+    assert len(hashed) == 3
+    content = bytearray((folder / "b.arrow").read_bytes())
+    content[-100] ^= 1
+    (folder / "b.arrow").write_bytes(content)
+    os.utime(folder / "b.arrow", ns=(0, 1))
+    with pytest.raises(BadInput, match=r"b\.arrow was altered"):
+        TokenShards.open(folder, memory=memory)
+
+
+def test_a_spoilt_memory_costs_nothing_but_time(folder: Path) -> None:
+    (folder / "verified.json").write_text("{half")
+    TokenShards.open(folder, memory=folder / "verified.json")
+    assert len(json.loads((folder / "verified.json").read_text())) == 3
+
+
+def test_the_hash_of_the_shards_depends_on_the_tokenizer_and_on_every_shard(folder: Path) -> None:
+    before = TokenShards.open(folder).hash
+    manifest = json.loads((folder / "manifest.json").read_text())
+    found = {before}
+    for entry in (manifest["tokenizer"], *manifest["shards"]):
+        kept, entry["hash"] = entry["hash"], "0" * 32
+        write_json(folder / "manifest.json", manifest)
+        found.add(TokenShards.open(folder, verify="size").hash)
+        entry["hash"] = kept
+    assert len(found) == 4
