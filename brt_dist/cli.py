@@ -9,13 +9,14 @@ from __future__ import annotations
 import errno
 import json
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from brt_dist.parallel.launcher import read_launch
+from brt_dist.parallel.launcher import SECONDS_FOR_THE_LEADER_TO_SPEAK, read_launch
 
 if TYPE_CHECKING:
     from brt_dist.run_config import RunConfig
@@ -27,7 +28,10 @@ USER_ERRORS = (
     ("brt_dist.run_config", "ConfigError"),
     ("brt_dist.data.errors", "BadInput"),
     ("brt_dist.checkpoint.files", "CheckpointError"),
+    ("brt_dist.parallel.launcher", "LaunchError"),
 )
+# Those that every rank finds alike.
+SHARED_ERRORS = (USER_ERRORS[0], USER_ERRORS[-1])
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 Overrides = Annotated[
@@ -141,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = _user_line(error)
         if line is None:
             raise
-        return _refuse(line, by_every_rank=not _is(error, "brt_dist.run_config", "ConfigError"))
+        return _refuse(line, by_every_rank=not any(_is(error, *kind) for kind in SHARED_ERRORS))
     return 0
 
 
@@ -170,4 +174,6 @@ def _refuse(line: str, status: int = 2, by_every_rank: bool = False) -> int:
     rank = read_launch().rank
     if rank == 0 or by_every_rank:
         print(f"brt: {f'rank {rank}: ' if rank else ''}{' '.join(line.split())}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(SECONDS_FOR_THE_LEADER_TO_SPEAK)
     return status

@@ -34,7 +34,7 @@ class Ledger:
     @classmethod
     @contextmanager
     def open(cls, folder: Path, settings: dict[str, Any]) -> Iterator[Ledger]:
-        """The ledger of `folder`, held so that no other run writes there meanwhile; it begins with the first thing done.
+        """The ledger of `folder`, begun with the first thing done, and held so that no other run writes there.
 
         BadInput if the folder holds the work of other settings, or shards of unknown settings; nothing is changed then.
         Where nothing at all gets finished, nothing is left behind that would bind the next run to these settings.

@@ -63,7 +63,8 @@ def carry_file(lanes: range) -> str:
 def finish(partial: Path, facts: Mapping[str, Any]) -> Path:
     """Add the facts and the hashes of all parts, and give the folder its name. A checkpoint exists from here on."""
     files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
-    (partial / FACTS).write_text(json.dumps({**facts, "files": files}, indent=1) + "\n", encoding="utf-8")
+    told = {**facts, "files": files}
+    (partial / FACTS).write_text(json.dumps({**told, "hash": _hash_of(told)}, indent=1) + "\n", encoding="utf-8")
     _sync(partial / FACTS)
     _sync(partial)
     final = partial.with_suffix("")
@@ -88,10 +89,10 @@ def newest_checkpoint(run: Path, warn: Callable[[str], None] | None = None) -> P
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in one phrase; None if all files are there, with their sizes and hashes."""
     try:
-        files = read_facts(folder)["files"]
-    except (CheckpointError, KeyError) as error:
+        facts = read_facts(folder)
+    except CheckpointError as error:
         return f"{error}"
-    for name, expected in files.items():
+    for name, expected in facts["files"].items():
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"
@@ -103,11 +104,15 @@ def damage(folder: Path) -> str | None:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What `finish` was given, and the list of files. CheckpointError where it cannot be read."""
+    """What `finish` was given, and the list of files. CheckpointError where it cannot be read or was altered."""
     try:
-        return json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} is not a complete checkpoint: {FACTS} cannot be read ({error})") from error
+    expected = facts.pop("hash", None) if isinstance(facts, dict) else None
+    if expected is None or expected != _hash_of(facts):
+        raise CheckpointError(f"{folder / FACTS} was altered: its content is not what its own hash tells")
+    return facts
 
 
 def load_parameters(folder: Path) -> dict[str, Tensor]:
@@ -147,6 +152,10 @@ def _load(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _hash_of(facts: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _describe(path: Path) -> dict[str, Any]:

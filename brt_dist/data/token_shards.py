@@ -315,7 +315,8 @@ def _verify(folder: Path, manifest: dict[str, Any], hashes: bool, memory: Path |
             continue
         found = file_hash(path)
         if found != entry["hash"]:
-            raise BadInput(f"{path} was altered: expected hash {entry['hash']}, found {found}")
+            mend = "remove it, and `brt prepare` writes it again"
+            raise BadInput(f"{path} was altered: expected hash {entry['hash']}, found {found} ({mend})")
         fresh[str(path.resolve())] = seen
     if memory is not None and fresh != known:
         # Only a convenience: a folder that cannot be written to costs the next opening its speed and nothing else.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -57,9 +57,10 @@ def read_vectors(path: Path) -> Mapping[str, np.ndarray]:
             vectors = {name: file[name] for name in file.files}
     except FileNotFoundError as error:
         raise BadInput(f"there is no file {path}") from error
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror or 'it is damaged'}") from error
     except Exception as error:  # numpy and zipfile raise a dozen kinds for a broken file
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise BadInput(f"{path} is not a vectors file: {lines[0]}") from error
+        raise BadInput(f"{path} is not a vectors file, an .npz archive of numbers, or it is damaged") from error
     if "config_json" not in vectors:
         raise BadInput(f"{path} is not a vectors file of a model: it has no config_json")
     return vectors
@@ -78,7 +79,9 @@ def load_model(vectors: Mapping[str, np.ndarray]) -> BlockRecurrentTransformer:
 
 def model_config(reference: Mapping[str, Any]) -> ModelConfig:
     """Our configuration for the reference's; ValueError where this version doesn't have it."""
-    cell = "single" if reference["recurrent_single_gate"] else "skip" if reference["recurrent_skip_ffn"] else "dual"
+    cell: Literal["skip", "dual", "single"] = "skip" if reference["recurrent_skip_ffn"] else "dual"
+    if reference["recurrent_single_gate"]:
+        cell = "single"
     recurrent = tuple(reference["recurrent_layer_indices"])
     return ModelConfig(
         vocab_size=reference["vocab_size"],

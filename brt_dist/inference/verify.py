@@ -9,6 +9,8 @@ Dimension key
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch import Tensor
 from brt_dist.data.errors import BadInput
 from brt_dist.inference.reference_vectors import gradients_of, load_model, read_vectors
 from brt_dist.model.carry import Carry
-from brt_dist.model.recurrent_layer import RecurrentCell
+from brt_dist.model.recurrent_layer import RecurrentCell, RecurrentLayer
 from brt_dist.model.transformer import BlockRecurrentTransformer
 
 TOLERANCE = 1e-4
@@ -31,7 +33,7 @@ SEGMENTS_WITH_GRADIENTS = (1, 2)
 
 @dataclass
 class Errors:
-    """Largest error of each quantity so far; NaN counts as infinite."""
+    """Largest error of each quantity so far; what is not finite counts as the largest float, which JSON can hold."""
 
     logits: float = 0.0
     token_losses: float = 0.0
@@ -40,11 +42,18 @@ class Errors:
     gradients: float = 0.0
 
     def note(self, quantity: str, ours: Tensor, reference: np.ndarray, relative: bool = False) -> None:
-        """Take the largest difference of two tensors in; relative to the reference's largest entry unless that is 0."""
+        """Take the largest difference of two tensors in; relative to the reference's largest entry unless that is 0.
+
+        ValueError where their shapes differ: one must not be spread over the other.
+        """
+        if ours.shape != reference.shape:
+            raise ValueError(
+                f"{quantity} have the shape {tuple(ours.shape)} in our model and {reference.shape} in the file"
+            )
         difference = float((ours.detach() - torch.from_numpy(reference)).abs().max())
         largest = float(np.abs(reference).max())
         error = difference / largest if relative and largest > 0 else difference
-        setattr(self, quantity, max(getattr(self, quantity), error if error == error else float("inf")))
+        setattr(self, quantity, max(getattr(self, quantity), error if math.isfinite(error) else sys.float_info.max))
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -58,7 +67,7 @@ def verify(path: Path) -> dict[str, Any]:
         errors = compare(load_model(vectors), vectors)
     except KeyError as missing:
         raise BadInput(f"{path} is not a complete vectors file: it lacks {missing.args[0]}") from missing
-    except (ValueError, RuntimeError, IndexError) as error:
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
         raise BadInput(f"{path} cannot be compared: {' '.join(str(error).split())}") from error
     figures = vars(errors)
     return {"file": str(path), **figures, "passed": all(error <= TOLERANCE for error in figures.values())}
@@ -115,8 +124,11 @@ class _StateRecorder:
     states: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        cells = [(index, layer.cell) for index, layer in enumerate(self.model.layers) if hasattr(layer, "cell")]
-        self.handles = [self._listen(index, cell) for index, cell in cells]
+        self.handles = [
+            self._listen(index, layer.cell)
+            for index, layer in enumerate(self.model.layers)
+            if isinstance(layer, RecurrentLayer)
+        ]
 
     def _listen(self, index: int, cell: RecurrentCell) -> Any:
         self.states[index] = []

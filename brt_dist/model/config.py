@@ -83,8 +83,8 @@ class ModelConfig:
         With one block per segment the state update would get no gradient: truncated backpropagation ends at the
         segment's end, and a token reads the state as it was before its own block.
         """
-        if segment % self.window:
-            raise ValueError(f"a segment of {segment} tokens is not a multiple of the window, {self.window}")
+        if segment < 1 or segment % self.window:
+            raise ValueError(f"a segment of {segment} tokens is not a positive multiple of the window, {self.window}")
         if self.recurrent_layers and segment < 2 * self.window:
             raise ValueError(
                 f"a segment of {segment} tokens has fewer than two blocks of {self.window}; "

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_LEAST_CAPABILITY = (8, 0)  # Ampere
+_LARGEST_HEAD = 256
+
 
 def attend_with_flash(
     queries_EWHK: Tensor, keys_EXHK: Tensor, values_EXHK: Tensor, scale_H: Tensor, bias_HW: Tensor | None
@@ -41,9 +44,14 @@ def attend_with_flash(
     return out_THK.unflatten(0, (pieces, window))
 
 
-def flash_offers_window() -> bool:
-    """Whether this torch has a FlashAttention that takes a window, by either name."""
-    return _varlen_offers_window() or _ops_offer_window()
+def flash_is_usable(device: torch.device, head_dim: int) -> bool:
+    """Whether this torch has a FlashAttention that takes a window, by either name, for this CUDA device and head."""
+    return (
+        (_varlen_offers_window() or _ops_offer_window())
+        and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+        and head_dim % 8 == 0
+        and head_dim <= _LARGEST_HEAD
+    )
 
 
 @functools.cache

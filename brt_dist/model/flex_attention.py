@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _LEAST_CAPABILITY = (7, 5)  # of the GPUs that Triton compiles for
+_SMALLEST_HEAD = 16  # of Triton's matrix product
 
 
 def attend_with_flex(
@@ -41,10 +42,12 @@ def attend_with_flex(
     return out_EHWK.transpose(1, 2)
 
 
-def flex_is_usable(device: torch.device) -> bool:
-    """Whether FlexAttention can be compiled for this CUDA device: Triton is installed and knows the GPU."""
-    return importlib.util.find_spec("triton") is not None and (
-        torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+def flex_is_usable(device: torch.device, head_dim: int) -> bool:
+    """Whether FlexAttention can be compiled for this CUDA device and head: Triton is installed and knows the GPU."""
+    return (
+        importlib.util.find_spec("triton") is not None
+        and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+        and head_dim >= _SMALLEST_HEAD
     )
 
 
@@ -62,4 +65,6 @@ def _window_mask(window: int, device: torch.device) -> Any:
     def sees(piece: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key >= query) & (key < query + window)
 
-    return create_block_mask(sees, None, None, window, 2 * window, device=str(device))
+    # The mask is kept: made first in an evaluation, it must not be a tensor that training cannot save for backward.
+    with torch.inference_mode(False):
+        return create_block_mask(sees, None, None, window, 2 * window, device=str(device))

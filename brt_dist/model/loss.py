@@ -47,8 +47,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             predicted_R = targets_R != IGNORED
             d_logits_RV = logits_RV.softmax(dim=-1)
-            d_logits_RV[torch.arange(len(targets_R)), targets_R.clamp(min=0)] -= 1
-            d_logits_RV *= predicted_R[:, None] / divisor
+            d_logits_RV[torch.arange(len(targets_R), device=targets_R.device), targets_R.clamp(min=0)] -= 1
+            d_logits_RV *= predicted_R[:, None]
+            d_logits_RV /= divisor
             d_logits_RV = d_logits_RV.to(hidden_TD.dtype)
             d_hidden_TD[rows] = d_logits_RV @ weight_VD
             d_weight_VD += d_logits_RV.T @ hidden_RD
@@ -61,9 +62,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden_TD, d_weight_VD = ctx.saved_tensors
         return (
-            d_hidden_TD * gradients[0].to(d_hidden_TD.dtype),
-            d_weight_VD * gradients[0].to(d_weight_VD.dtype),
+            _scaled(d_hidden_TD, gradients[0]),
+            _scaled(d_weight_VD, gradients[0]),
             None,
             None,
             None,
         )
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Their product in the gradient's dtype; the factor itself is not rounded to it, or all gradients would be off."""
+    return (gradient * factor.expand(gradient.shape)).to(gradient.dtype)

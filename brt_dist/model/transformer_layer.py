@@ -112,7 +112,7 @@ class TransformerLayer(nn.Module):
             pair_blocks(views.values_BLHK, carry.values_BWHK, starts_BC),
             self.scale_H.abs(),
             bias_HW,
-            rung_here(queries_BLHK.device, queries_BLHK.dtype, bias_HW is not None),
+            rung_here(queries_BLHK.device, queries_BLHK.dtype, self.head_dim, bias_HW is not None),
         )
 
     def attend_state(self, views: TokenViews, state_keys_BCSHK: Tensor, state_values_BCSHK: Tensor) -> Tensor:

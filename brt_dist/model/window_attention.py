@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from brt_dist.model.flash_attention import attend_with_flash, flash_offers_window
+from brt_dist.model.flash_attention import attend_with_flash, flash_is_usable
 from brt_dist.model.flex_attention import attend_with_flex, flex_is_usable
 
 
@@ -53,7 +53,7 @@ def pair_blocks(current_BLHK: Tensor, cache_BWHK: Tensor, starts_BC: Tensor) -> 
 def choose_rung(device_type: str, dtype: torch.dtype, with_bias: bool, flash: bool, flex: bool) -> str:
     """Which kernel computes `window_attention`.
 
-    flash: this torch's FlashAttention takes a window. flex: FlexAttention can be compiled here. On CPU a bias needs
+    flash: FlashAttention with a window runs here. flex: FlexAttention can be compiled here. On CPU a bias needs
     its gradient, which SDPA gives only on its slow path: the explicit softmax serves there.
     """
     if device_type != "cuda":
@@ -63,10 +63,10 @@ def choose_rung(device_type: str, dtype: torch.dtype, with_bias: bool, flash: bo
     return "flex" if flex else "sdpa"
 
 
-def rung_here(device: torch.device, dtype: torch.dtype, with_bias: bool) -> str:
-    """`choose_rung` for this machine and this torch."""
-    flash = device.type == "cuda" and flash_offers_window()
-    flex = device.type == "cuda" and flex_is_usable(device)
+def rung_here(device: torch.device, dtype: torch.dtype, head_dim: int, with_bias: bool) -> str:
+    """`choose_rung` for this machine, this torch and heads of this width."""
+    flash = device.type == "cuda" and flash_is_usable(device, head_dim)
+    flex = device.type == "cuda" and flex_is_usable(device, head_dim)
     return choose_rung(device.type, dtype, with_bias, flash, flex)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,12 @@ import torch
 import torch.distributed as dist
 
 from brt_dist.parallel.config import ParallelConfig
-from brt_dist.parallel.launcher import Launch
+from brt_dist.parallel.launcher import SECONDS_FOR_THE_LEADER_TO_SPEAK, Launch, LaunchError
 
 T = TypeVar("T")
+
+# Where processes on several machines meet if MASTER_PORT is not set; torchrun's choice too.
+DEFAULT_PORT = 29500
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Processes:
             dist.broadcast_object_list(answer, src=0, device=self.device)
         done, value = answer[0]
         if not done:
+            time.sleep(SECONDS_FOR_THE_LEADER_TO_SPEAK)
             raise SystemExit(2)
         return cast(T, value)
 
@@ -70,7 +75,7 @@ class Processes:
 def joined(launch: Launch, parallel: ParallelConfig) -> Iterator[Processes]:
     """Join the processes that were launched together; leave them at the end.
 
-    NCCL where there is a GPU, gloo otherwise. ValueError where several machines were started without MASTER_ADDR.
+    NCCL where there is a GPU, gloo otherwise. LaunchError where several machines were started without MASTER_ADDR.
     """
     data_ranks = parallel.data_ranks(launch.world_size)
     if torch.cuda.is_available():
@@ -94,10 +99,12 @@ def joined(launch: Launch, parallel: ParallelConfig) -> Iterator[Processes]:
 
 
 def _meeting_point(launch: Launch) -> tuple[str, int]:
-    if launch.address is None and launch.local_size < launch.world_size:
-        raise ValueError(
+    on_several_machines = launch.local_size < launch.world_size
+    if launch.address is None and on_several_machines:
+        raise LaunchError(
             f"{launch.world_size} processes on several machines were started ({launch.local_size} on this one): "
             "set MASTER_ADDR to the name of the machine of rank 0"
         )
     # The processes that one mpiexec starts on a machine share their parent, and no two jobs on it have the same one.
-    return launch.address or "127.0.0.1", launch.port or 20000 + os.getppid() % 20000
+    free_port = DEFAULT_PORT if on_several_machines else 20000 + os.getppid() % 12000
+    return launch.address or "127.0.0.1", launch.port or free_port

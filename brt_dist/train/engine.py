@@ -6,10 +6,12 @@ Dimension key
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,9 +174,11 @@ def _initialize(
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
     deepspeed = _quiet_deepspeed()
     module = _LossModule(model)
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=build_optimizer(model, optimizer), config=config, dist_init_required=False
-    )
+    # The bf16 optimizer prints the use of memory at every step of its construction, past the logger.
+    with redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=build_optimizer(model, optimizer), config=config, dist_init_required=False
+        )
     return engine
 
 
