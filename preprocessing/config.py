@@ -18,9 +18,10 @@ PATTERNS = {"files": "**/*", "jsonl": "**/*.jsonl", "parquet": "**/*.parquet"}
 class CorpusConfig:
     """Where the documents come from.
 
-    `path` is a file or a folder; "{stdlib}" in it stands for the folder of Python's standard library. In a folder,
-    `pattern` (a glob; empty: every file for `files`, else every file with the reader's suffix) chooses files, and
-    `exclude` leaves out each path that has a part (a folder's or file's name) matching one of its patterns.
+    `path` is a file, a folder, or a folder with a glob behind it ("texts/**/*.txt"; without one, every file for
+    `files` and every file with the reader's suffix for the others). "{stdlib}" in it stands for the folder of Python's
+    standard library. `exclude` leaves out each path below the folder that has a part (a folder's or file's name)
+    matching one of its patterns.
 
     `group: file` makes each file a document; `group: top` joins all files below one top-level folder, in path order,
     into one document. The other readers ignore it; `text_key` and `id_key` name their fields or columns.
@@ -28,7 +29,6 @@ class CorpusConfig:
 
     reader: Literal["files", "jsonl", "parquet"] = "files"
     path: str = ""
-    pattern: str = ""
     exclude: tuple[str, ...] = ()
     group: Literal["file", "top"] = "file"
     text_key: str = "text"
@@ -45,12 +45,21 @@ class CorpusConfig:
 
     @property
     def root(self) -> Path:
-        """`path` with "{stdlib}" put in."""
-        return Path(self.path.replace("{stdlib}", sysconfig.get_paths()["stdlib"])).expanduser()
+        """The file or folder in `path`, without the glob and with "{stdlib}" put in."""
+        return self._split[0]
 
     @property
-    def files_pattern(self) -> str:
-        return self.pattern or PATTERNS[self.reader]
+    def pattern(self) -> str:
+        """The glob that files below `root` must match."""
+        return self._split[1] or PATTERNS[self.reader]
+
+    @property
+    def _split(self) -> tuple[Path, str]:
+        path = Path(self.path.replace("{stdlib}", sysconfig.get_paths()["stdlib"])).expanduser()
+        globs = [index for index, part in enumerate(path.parts) if set(part) & set("*?[")]
+        if not globs or path.exists():
+            return path, ""
+        return Path(*path.parts[: globs[0]]), "/".join(path.parts[globs[0] :])
 
 
 @dataclass(frozen=True)

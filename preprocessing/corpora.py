@@ -64,11 +64,11 @@ def _corpus_files(corpus: CorpusConfig, leave_out: Path | None) -> tuple[Path, l
         return root.parent, [root.name]
     if not root.is_dir():
         raise BadInput(f"corpus.path {root} does not exist")
-    pattern = tuple(corpus.files_pattern.split("/"))
+    pattern = tuple(corpus.pattern.split("/"))
     names = [name for name in _walk(root, "", corpus.exclude, leave_out) if matches(tuple(name.split("/")), pattern)]
     if not names:
         excluded = f" (left out: {', '.join(corpus.exclude)})" if corpus.exclude else ""
-        raise BadInput(f"corpus is empty: no file below {root} matches {corpus.files_pattern!r}{excluded}")
+        raise BadInput(f"corpus is empty: no file below {root} matches {corpus.pattern!r}{excluded}")
     return root, sorted(names, key=lambda name: name.split("/"))
 
 

@@ -98,7 +98,7 @@ def _settings(job: _Job, shards: ShardsConfig) -> dict[str, Any]:
     if job.tokenizer.model is not None:
         tokenizer = {"model": Tokenizer.open(job.tokenizer.model).hash}
     return {
-        "corpus": {**asdict(job.corpus), "pattern": job.corpus.files_pattern, "exclude": list(job.corpus.exclude)},
+        "corpus": {**asdict(job.corpus), "exclude": list(job.corpus.exclude)},
         "documents": asdict(job.documents),
         "tokenizer": tokenizer,
         "splits": asdict(job.splits),
@@ -183,7 +183,7 @@ def _survey(job: _Job, fraction: float) -> list[str]:
 
 
 def _check_not_empty(corpus: CorpusConfig, found: int, kept: int, train: int) -> None:
-    place = f"{corpus.root} (pattern {corpus.files_pattern!r})"
+    place = f"{corpus.root} (pattern {corpus.pattern!r})"
     if found == 0:
         raise BadInput(f"corpus is empty: no documents in {place}")
     if kept == 0:

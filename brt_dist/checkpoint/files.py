@@ -126,7 +126,7 @@ def load_optimizer(folder: Path) -> dict[str, Tensor]:
 
 
 def load_carry(folder: Path, lanes: range) -> dict[str, Tensor]:
-    """The carry of `lanes`, by the names of `Carry.tensors`, whoever wrote them. CheckpointError names a lacking lane."""
+    """The carry of `lanes`, by the names of `Carry.tensors`, whoever wrote it. CheckpointError names a lacking lane."""
     rows: dict[str, list[Tensor]] = {}
     next_lane = lanes.start
     for path, held in sorted(_carry_files(folder), key=lambda item: item[1].start):

@@ -18,9 +18,8 @@ class ModelConfig:
     recurrent_layers   their indices, counted from 0
     position           of the token self-attention: T5 relative bias, rotary, or none
     logit_scale        what logits are divided by: sqrt(dim) or sqrt(vocab_size)
-    dtype              of weights and activations in training, as torch names it; the state and its gates are float32 in any case
-    embedding_std      standard deviation of the initial embedding (reference: 1)
-    attention_scale    initial scale of every attention head's unit-length scores (reference: 1)
+    dtype              of weights and activations in training, as torch names it; the state and its gates are float32 in
+                       any case
     """
 
     vocab_size: int = 32128
@@ -39,17 +38,12 @@ class ModelConfig:
     dropout: float = 0.0
     logit_scale: Literal["sqrt_dim", "sqrt_vocab"] = "sqrt_dim"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    embedding_std: float = 1.0
-    attention_scale: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recurrent_layers", tuple(self.recurrent_layers))
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "head_dim", "mlp_dim", "window", "num_states"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("embedding_std", "attention_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be greater than 0")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"model.{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")

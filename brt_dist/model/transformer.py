@@ -38,7 +38,7 @@ class BlockRecurrentTransformer(nn.Module):
         )
         self.final_norm = nn.RMSNorm(config.dim, eps=EPSILON)
         self.dropout = SharedDropout(config.dropout)
-        initialize(self, config, seed=int(torch.empty((), dtype=torch.int64, device="cpu").random_()))
+        initialize(self, seed=int(torch.empty((), dtype=torch.int64, device="cpu").random_()))
 
     def forward(
         self, tokens_BL: Tensor, carry: Carry | None = None, starts_BC: Tensor | None = None

@@ -47,13 +47,16 @@ class TrainConfig:
 class OptimizerConfig:
     """AdamW with a linear warm-up and a cosine down to `final_lr_ratio` of the peak.
 
-    Weight decay acts on matrices only (see `train/optimizer.py`).
+    Weight decay acts on matrices only (see `train/optimizer.py`). The embedding's learning rate is `embedding_lr_ratio`
+    times that of the rest: with entries of size 1, where a matrix has 1/sqrt(dim), it needs more to move as fast, which
+    is what the paper's Adafactor gave it by scaling steps with a parameter's size.
     """
 
     name: Literal["adamw"] = "adamw"
     lr: float = 1e-3
     warmup_steps: int = 100
     final_lr_ratio: float = 0.1
+    embedding_lr_ratio: float = 1.0
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -63,6 +66,8 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.lr is {self.lr}; it must be greater than 0")
         if self.warmup_steps < 0:
             raise ValueError(f"optimizer.warmup_steps is {self.warmup_steps}; it must be at least 0")
+        if not self.embedding_lr_ratio > 0:
+            raise ValueError(f"optimizer.embedding_lr_ratio is {self.embedding_lr_ratio}; it must be greater than 0")
         if not 0 <= self.final_lr_ratio <= 1:
             raise ValueError(f"optimizer.final_lr_ratio is {self.final_lr_ratio}; it must lie between 0 and 1")
         if not all(0 <= beta < 1 for beta in self.betas):

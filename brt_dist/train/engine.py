@@ -73,7 +73,7 @@ class Engine:
         seed: of this step's dropout masks, which are the same for every micro-batch and rank.
         """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
         predicted = batches[0].predicted
         # DeepSpeed takes the mean over micro-batches and data ranks; the loss is a sum over all of them.
         scale = self.processes.data_ranks * self.micro_batches / max(1, predicted)

@@ -12,10 +12,20 @@ from brt_dist.train.config import OptimizerConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters, in two groups: those that decay and those that don't."""
+    """AdamW over all parameters, in groups: the embedding, the matrices, which decay, and the rest.
+
+    Each group's `lr_ratio` says by what its learning rate differs from the schedule's.
+    """
+    embedding: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        group = embedding if "embedding" in name else matrices if decays(name, parameter) else rest
+        group.append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in model.named_parameters() if decays(name, p)], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in model.named_parameters() if not decays(name, p)], "weight_decay": 0.0},
+        {"params": embedding, "weight_decay": 0.0, "lr_ratio": config.embedding_lr_ratio},
+        {"params": matrices, "weight_decay": config.weight_decay, "lr_ratio": 1.0},
+        {"params": rest, "weight_decay": 0.0, "lr_ratio": 1.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,13 @@ class Trainer:
         self.shards = _open_shards(data, model, folder, processes)
         self.documents = self.shards.split("train")
         self.plan = _plan(self.documents.lengths, data, model.window, self.shards)
+        if start is not None:
+            processes.on_leader(lambda: self._check_stream(start))
         self.lanes = processes.micro_batch_lanes(data.lanes, parallel.micro_batches)
         self.step, self.tokens = 0, 0
-        self.carries: list[Carry | None] = [None] * len(self.lanes)
+        self.carries: Sequence[Carry | None] = [None] * len(self.lanes)
         module = BlockRecurrentTransformer(model)
-        initialize(module, model, config.seed)
+        initialize(module, config.seed)
         self.engine = Engine(module, parallel, optimizer, config.clip_norm, processes, data.lanes)
         if start is not None:
             self._restore(start)
@@ -190,16 +192,19 @@ class Trainer:
         }
         self.processes.on_leader(lambda: checkpoints.finish(partial, facts))
 
-    def _restore(self, start: Path) -> None:
+    def _check_stream(self, start: Path) -> None:
+        """BadInput unless the checkpoint was made with the lanes and tokens that this run reads."""
         facts = checkpoints.read_facts(start)
         for name, here in (("shards", self.shards.hash), ("plan", self.plan.hash)):
             if facts[name] != here:
                 raise BadInput(f"{start} was made with other {name}: hash {facts[name]} there, {here} here")
+
+    def _restore(self, start: Path) -> None:
+        facts = checkpoints.read_facts(start)
         self.step, self.tokens = facts["step"], facts["tokens"]
         self.engine.restore(checkpoints.load_parameters(start), checkpoints.load_optimizer(start), self.step)
-        for index, lanes in enumerate(self.lanes):
-            carry = Carry.from_tensors(checkpoints.load_carry(start, lanes))
-            self.carries[index] = carry.map(lambda tensor: tensor.to(self.processes.device))
+        carries = [Carry.from_tensors(checkpoints.load_carry(start, lanes)) for lanes in self.lanes]
+        self.carries = [carry.map(lambda tensor: tensor.to(self.processes.device)) for carry in carries]
 
 
 def _open_shards(data: DataConfig, model: ModelConfig, folder: Path, processes: Processes) -> TokenShards:
@@ -232,7 +237,7 @@ def _profiled(folder: Path, steps: int, processes: Processes) -> Iterator[Any]:
     trace = folder / "profile" / f"rank-{processes.data_rank:05d}.json"
     trace.parent.mkdir(parents=True, exist_ok=True)
     with torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=1, warmup=0, active=steps, repeat=1),
+        schedule=torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1),
         on_trace_ready=lambda profile: profile.export_chrome_trace(str(trace)),
     ) as profiler:
         yield profiler

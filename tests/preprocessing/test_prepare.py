@@ -30,7 +30,7 @@ class Run:
     """One `prepare` of a folder of text files, with settings that a test can change."""
 
     def __init__(self, folder: Path):
-        self.corpus = CorpusConfig(path=str(folder / "corpus"), pattern="*.txt")
+        self.corpus = CorpusConfig(path=str(folder / "corpus" / "*.txt"))
         self.documents = DocumentsConfig()
         self.tokenizer = TokenizerConfig(vocab_size=330)
         self.splits = SplitsConfig(0.2, 0.2)
@@ -253,7 +253,7 @@ def test_two_documents_with_one_id_are_named_with_both_sources(run: Run) -> None
     lines = [json.dumps({"id": number % 30, "text": SENTENCE}) + "\n" for number in range(31)]
     (run.corpus.root / "a.jsonl").write_text("".join(lines[:20]))
     (run.corpus.root / "b.jsonl").write_text("".join(lines[20:]))
-    run.corpus = CorpusConfig(reader="jsonl", path=run.corpus.path)
+    run.corpus = CorpusConfig(reader="jsonl", path=str(run.corpus.root))
     place = sum(map(len, lines[20:30]))
     with pytest.raises(BadInput, match=rf"two documents have the id '0': a\.jsonl@0 and b\.jsonl@{place}"):
         run()
@@ -324,7 +324,7 @@ def test_the_shard_folder_is_no_part_of_a_corpus_that_surrounds_it(run: Run) -> 
 
 def test_the_manifest_names_no_time_and_no_place_on_this_machine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run.folder.parent)
-    run.corpus = CorpusConfig(path="corpus", pattern="*.txt")
+    run.corpus = CorpusConfig(path="corpus/*.txt")
     run()
     for name in ("manifest.json", "units.jsonl"):
         text = run.files()[name].decode()

@@ -46,7 +46,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_each_file_that_matches_is_a_document_in_path_order(tree: Path) -> None:
-    corpus = CorpusConfig(path=str(tree), pattern="**/*.py", exclude=("test",))
+    corpus = CorpusConfig(path=str(tree / "**/*.py"), exclude=("test",))
     assert list(contents(corpus).items()) == [
         ("a/b/c.py", b"first\n"),
         ("a/z.py", b"last"),
@@ -57,12 +57,12 @@ def test_each_file_that_matches_is_a_document_in_path_order(tree: Path) -> None:
 
 @pytest.mark.parametrize("unit_bytes", [1, 7, EVERYTHING])
 def test_a_top_level_folder_is_one_document_whatever_the_units(tree: Path, unit_bytes: int) -> None:
-    corpus = CorpusConfig(path=str(tree), pattern="**/*.py", exclude=("te*",), group="top")
+    corpus = CorpusConfig(path=str(tree / "**/*.py"), exclude=("te*",), group="top")
     assert list(contents(corpus, unit_bytes).items()) == [("a", b"first\nlast"), ("a-b", b"x"), ("b.py", b"beta\n")]
 
 
 def test_a_single_file_is_a_corpus(tree: Path) -> None:
-    assert contents(CorpusConfig(path=str(tree / "a" / "z.py"), pattern="nothing/*")) == {"z.py": b"last"}
+    assert contents(CorpusConfig(path=str(tree / "a" / "z.py"))) == {"z.py": b"last"}
 
 
 def test_the_default_pattern_of_files_is_every_file_and_a_folder_may_be_left_out(tree: Path) -> None:
@@ -73,7 +73,7 @@ def test_the_default_pattern_of_files_is_every_file_and_a_folder_may_be_left_out
 
 
 def test_stdlib_in_a_path_stands_for_the_standard_library() -> None:
-    corpus = CorpusConfig(path="{stdlib}/json", pattern="*.py")
+    corpus = CorpusConfig(path="{stdlib}/json/*.py")
     assert contents(corpus)["decoder.py"] == Path(sysconfig.get_paths()["stdlib"], "json/decoder.py").read_bytes()
 
 
@@ -116,7 +116,7 @@ def test_a_corpus_that_is_not_there_and_one_without_files_are_named(tree: Path) 
     with pytest.raises(BadInput, match=r"nowhere does not exist"):
         list_units(CorpusConfig(path=str(tree / "nowhere")), 1)
     with pytest.raises(BadInput, match=r"corpus is empty: no file below .* matches '\*\*/\*\.xyz'"):
-        list_units(CorpusConfig(path=str(tree), pattern="**/*.xyz"), 1)
+        list_units(CorpusConfig(path=str(tree / "**/*.xyz")), 1)
     with pytest.raises(BadInput, match=r"corpus\.path is empty"):
         list_units(CorpusConfig(), 1)
 

@@ -1,0 +1,148 @@
+"""What a user can get wrong costs one line and exit status 2, and no file of a run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training_runs import Runs
+
+from brt_dist.cli import main
+from brt_dist.data.atomic_file import write_json
+from brt_dist.data.token_shards import ShardRow, file_hash, write_shard
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def runs(tmp_path: Path, shards: Path) -> Runs:
+    return Runs(tmp_path / "runs", shards)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """refused(arguments) is the one line on standard error with which `brt` ends, status 2."""
+
+    def call(arguments: list[str]) -> str:
+        capsys.readouterr()
+        assert main(arguments) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert told.err.startswith("brt: ")
+        assert told.err.count("\n") == 1
+        return told.err
+
+    return call
+
+
+def everything(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and time of every file below `folder`."""
+    return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_vocabulary_that_is_not_the_tokenizers_is_refused_with_both_numbers(runs: Runs, refused: Refused):
+    line = refused(runs.command("run", "tokenizer.vocab_size=300"))
+    assert "300" in line
+    assert "384" in line
+    assert not (runs.folder / "run" / "config.yaml").exists()
+
+
+def test_lanes_that_cannot_be_shared_are_refused_with_both_numbers(runs: Runs, refused: Refused):
+    line = refused(runs.command("run", "parallel.micro_batches=3"))
+    assert "data.lanes is 8" in line
+    assert "parallel.micro_batches 3" in line
+    assert not (runs.folder / "run").exists()
+
+
+def altered(shards: Path, copy: Path) -> Path:
+    """A copy of the shards in which one byte of the last one differs."""
+    shutil.copytree(shards, copy)
+    shard = sorted(copy.glob("*.arrow"))[-1]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    return shard
+
+
+def test_an_altered_shard_is_named_before_anything_is_written(
+    runs: Runs, shards: Path, tmp_path: Path, refused: Refused
+):
+    shard = altered(shards, tmp_path / "copy")
+    line = refused(runs.command("run", f"data.shards={shard.parent}"))
+    assert shard.name in line
+    assert "hash" in line
+    assert not (runs.folder / "run" / "config.yaml").exists()
+
+
+def test_a_run_with_a_checkpoint_stays_as_it_is_when_its_shards_were_altered(
+    runs: Runs, alone: Runs, shards: Path, tmp_path: Path, refused: Refused
+):
+    shard = altered(shards, tmp_path / "copy")
+    runs.broken_copy(alone.folder / "plain", "run")
+    before = everything(runs.folder / "run")
+    refused(runs.command("run", f"data.shards={shard.parent}"))
+    after = everything(runs.folder / "run")
+    memory = str(runs.folder / "run" / "verified_shards.json")
+    assert {name: file for name, file in after.items() if name != memory} == {
+        name: file for name, file in before.items() if name != memory
+    }
+
+
+def test_a_folder_without_shards_is_named(runs: Runs, tmp_path: Path, refused: Refused):
+    assert str(tmp_path / "nowhere") in refused(runs.command("run", f"data.shards={tmp_path / 'nowhere'}"))
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in refused(runs.command("run", f"data.shards={tmp_path / 'empty'}"))
+    assert not (runs.folder / "run" / "config.yaml").exists()
+
+
+def test_shards_without_a_training_document_are_refused(runs: Runs, tmp_path: Path, refused: Refused):
+    folder = tmp_path / "no training"
+    folder.mkdir()
+    row = ShardRow("only", "", "validation", 4, 1, np.array([5, 6, 7], dtype=np.uint16))
+    entry = write_shard(folder / "0.arrow", [row], 384)
+    (folder / "tokenizer.model").write_bytes(b"a tokenizer")
+    tokenizer = {"file": "tokenizer.model", "hash": file_hash(folder / "tokenizer.model"), "eos": 1}
+    manifest = {"format": 1, "vocab_size": 384, "documents": 1, "tokenizer": tokenizer, "shards": [vars(entry)]}
+    write_json(folder / "manifest.json", manifest)
+    assert f"the train split of {folder} holds no document" in refused(runs.command("run", f"data.shards={folder}"))
+
+
+def test_a_finished_run_started_again_changes_nothing(alone: Runs, capsys: pytest.CaptureFixture[str]):
+    before = everything(alone.folder / "plain")
+    assert main(alone.command("plain")) == 0
+    told = capsys.readouterr()
+    assert "is finished" in told.out
+    assert told.err == ""
+    assert everything(alone.folder / "plain") == before
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.lr=0.004", "optimizer.lr is 0.003 there and 0.004 here"),
+        ("model.num_states=16", "model.num_states is 8 there and 16 here"),
+        ("data.seed=1", "data.seed is 0 there and 1 here"),
+    ],
+)
+def test_a_run_folder_of_another_configuration_is_left_alone(override: str, words: str, alone: Runs, refused: Refused):
+    before = everything(alone.folder / "plain")
+    assert words in refused(alone.command("plain", override))
+    assert everything(alone.folder / "plain") == before
+
+
+def test_a_checkpoint_of_other_documents_is_not_gone_on_with(
+    runs: Runs, alone: Runs, corpus: Path, tmp_path: Path, refused: Refused
+):
+    shorter = tmp_path / "shorter.jsonl"
+    shorter.write_text("".join(f"{line}\n" for line in corpus.read_text().splitlines()[:-3]))
+    prepared = tmp_path / "shards"
+    settings = ["corpus.reader=jsonl", f"corpus.path={shorter}", f"shards.dir={prepared}"]
+    assert main(["prepare", str(runs.config), *settings]) == 0
+    runs.broken_copy(alone.folder / "plain", "run")
+    metrics = (runs.folder / "run" / "metrics.jsonl").read_bytes()
+    line = refused(runs.command("run", f"data.shards={prepared}"))
+    assert "was made with other shards: hash " in line
+    assert (runs.folder / "run" / "metrics.jsonl").read_bytes() == metrics

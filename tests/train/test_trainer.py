@@ -1,0 +1,88 @@
+"""The training loop around the engine, which does nothing here: what is waited for, saved and shown, and when."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from training_runs import Runs
+
+from brt_dist.cli import main
+from brt_dist.data.loader import Batch, Loader
+from brt_dist.model.carry import Carry
+from brt_dist.model.transformer import BlockRecurrentTransformer
+from brt_dist.train import trainer
+from brt_dist.train.engine import StepResult
+
+
+class IdleEngine:
+    """Takes the place of the engine: learns nothing, and hands on what the lanes carry."""
+
+    def __init__(self, model: BlockRecurrentTransformer, *_: Any):
+        self.model = model
+
+    def step(
+        self, batches: Sequence[Batch], carries: Sequence[Carry | None], lr: float, seed: int
+    ) -> tuple[StepResult, list[Carry]]:
+        cpu = torch.device("cpu")
+        fresh = [Carry.fresh(self.model.config, len(batch.tokens_BL), cpu, torch.float32) for batch in batches]
+        return StepResult(1.0, 0.5), [carry.map(torch.clone) for carry in fresh]
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, parameters: dict[str, Tensor], optimizer_state: dict[str, Tensor], steps: int) -> None:
+        self.model.load_state_dict(parameters)
+
+
+@pytest.fixture
+def runs(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    monkeypatch.setattr(trainer, "Engine", IdleEngine)
+    return Runs(tmp_path / "runs", shards)
+
+
+def test_the_time_spent_waiting_for_the_loader_is_recorded(runs: Runs, monkeypatch: pytest.MonkeyPatch):
+    class SlowLoader(Loader):
+        def __next__(self) -> Batch:
+            time.sleep(0.05)
+            return super().__next__()
+
+    monkeypatch.setattr(trainer, "Loader", SlowLoader)
+    assert main(runs.command("run", "train.steps=3", "parallel.micro_batches=2")) == 0
+    for line in runs.metrics("run"):
+        assert 0.1 <= line["data_seconds"] <= line["step_seconds"]
+
+
+@pytest.mark.parametrize(
+    ("save_every", "steps"), [(0, [7]), (3, [3, 6, 7]), (7, [7]), (100, [7])], ids=["never", "3", "7", "100"]
+)
+def test_a_checkpoint_is_made_every_so_many_steps_and_at_the_end(runs: Runs, save_every: int, steps: list[int]):
+    assert main(runs.command("run", "train.steps=7", f"train.save_every={save_every}")) == 0
+    folders = sorted(path.name for path in (runs.folder / "run" / "checkpoints").iterdir())
+    assert folders == [f"step-{step:08d}" for step in steps]
+    facts = json.loads((runs.checkpoint("run", 7) / "checkpoint.json").read_text())
+    assert (facts["step"], facts["position"], facts["lanes"], facts["seed"]) == (7, 7, 8, 3)
+
+
+def test_the_run_folder_holds_the_resolved_configuration(runs: Runs):
+    assert main(runs.command("run", "train.steps=1")) == 0
+    again = runs.loaded(f"run.dir={runs.folder / 'run'}", "train.steps=1")
+    assert main(["train", str(runs.folder / "run" / "config.yaml")]) == 0
+    assert yaml.safe_load((runs.folder / "run" / "config.yaml").read_text()) == again.as_dict()
+
+
+def test_a_profile_covers_the_steps_behind_the_first(runs: Runs):
+    assert main(runs.command("run", "train.steps=4", "train.profile_steps=2")) == 0
+    trace = json.loads((runs.folder / "run" / "profile" / "rank-00000.json").read_text())
+    steps = {event["name"] for event in trace["traceEvents"] if event["name"].startswith("ProfilerStep")}
+    assert steps == {"ProfilerStep#1", "ProfilerStep#2"}
