@@ -57,6 +57,8 @@ class RunConfig:
             self.model.check_segment(self.data.segment)
         except ValueError as error:
             raise ConfigError(f"data.segment and model.window: {error}") from error
+        if self.model.dtype == "float16":
+            raise ConfigError("model.dtype is float16; this version trains in float32 and bfloat16")
         if self.data.lanes % self.parallel.micro_batches:
             raise ConfigError(
                 f"data.lanes is {self.data.lanes}, which parallel.micro_batches {self.parallel.micro_batches} "
@@ -101,16 +103,6 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     config = _resolved(RunConfig(**{name: _section(name, given.get(name, {})) for name in _sections()}), given)
     config.check()
     return config
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """One phrase for each key on which two resolved configurations differ: "optimizer.lr is 0.1 there and 0.2 here"."""
-    flat_there, flat_here = _flat(there), _flat(here)
-    return [
-        f"{key} is {_value_at(flat_there, key)} there and {_value_at(flat_here, key)} here"
-        for key in {**flat_there, **flat_here}
-        if _value_at(flat_there, key) != _value_at(flat_here, key)
-    ]
 
 
 def _resolved(config: RunConfig, given: Sections) -> RunConfig:
@@ -291,11 +283,3 @@ def _as_plain(value: Any) -> Any:
 def _show(value: Any) -> str:
     """A value as it would stand in a configuration, on one line."""
     return json.dumps(_as_plain(value), default=str, ensure_ascii=False)
-
-
-def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
-
-
-def _value_at(flat: Mapping[str, Any], key: str) -> str:
-    return _show(flat[key]) if key in flat else "not set"

@@ -30,6 +30,8 @@ class BlockRecurrentTransformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        # Drawn before anything else is, so that it does not depend on how many values torch's modules draw themselves.
+        seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(
@@ -38,7 +40,7 @@ class BlockRecurrentTransformer(nn.Module):
         )
         self.final_norm = nn.RMSNorm(config.dim, eps=EPSILON)
         self.dropout = SharedDropout(config.dropout)
-        initialize(self, seed=int(torch.empty((), dtype=torch.int64, device="cpu").random_()))
+        initialize(self, seed)
 
     def forward(
         self, tokens_BL: Tensor, carry: Carry | None = None, starts_BC: Tensor | None = None
