@@ -7,7 +7,8 @@ cd "$(dirname "$0")/.."
 RUNS=runs/quickstart
 CONFIGS=configs/quickstart
 SEGMENT=256                                    # data.segment of the configuration
-RANKS=$(( $(nproc) < 2 ? 1 : 2 ))              # one process per core, one thread each
+CORES=$(getconf _NPROCESSORS_ONLN)
+RANKS=$(( CORES < 2 ? 1 : 2 ))                 # two processes of one thread each
 export OMP_NUM_THREADS=1
 
 echo "== 1/4 the source of Python's standard library becomes tokens"

@@ -1,4 +1,4 @@
-"""The formulas of the reference, fixed gate and skip, written out literally: block by block, token by token, in float64.
+"""The formulas of the reference, fixed gate and skip, written out: block by block, token by token, in float64.
 
 Nothing of ours is used. Parameters have the reference's names and lie [in, out]. One lane at a time.
 

@@ -162,7 +162,7 @@ class Trainer:
     def _introduce(self, report: Reporter) -> None:
         count = sum(parameter.numel() for parameter in self.engine.model.parameters())
         report.say(
-            f"{count:,} parameters, {self.processes.data_ranks} data ranks on {self.processes.device.type}, "
+            f"{count:,} parameters, data ranks: {self.processes.data_ranks}, on {self.processes.device.type}, "
             f"{self.data.lanes} lanes x {self.data.segment} tokens a step, {len(self.documents)} documents"
         )
         if self.step:

@@ -1,4 +1,4 @@
-"""`brt verify`: passes on the reference's vectors, fails on any quantity that is off, refuses what is no vectors file."""
+"""`brt verify`: passes on the reference's vectors, fails on any number that is off, refuses what is no vectors file."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def test_the_model_in_less_precision_is_the_model_in_float64_but_for_rounding(
 
 
 def assert_model_is_exact_but_for_rounding(device: str, dtype: torch.dtype, position: str) -> None:
-    """Two segments with carry and starts inside: losses, logits, carry and gradients of the same (rounded) parameters."""
+    """Two segments with carry and starts inside: losses, logits, carry and gradients of the same rounded values."""
     torch.manual_seed(0)
     model = BlockRecurrentTransformer(ModelConfig(**(vars(MODEL) | {"position": position})))
     with torch.no_grad():

@@ -44,7 +44,9 @@ MORE_STATES_THAN_TOKENS = SMALL | {"num_layers": 2, "recurrent_layer_indices": [
 NO_STATE = SMALL | {"num_layers": 2, "recurrent_layer_indices": [], "recurrent_num_states": 0}
 
 CASES = [
-    pytest.param(SMALL, 3, [[True, False, True], [False, False, True], [True, False, False]], id="two recurrent layers"),
+    pytest.param(
+        SMALL, 3, [[True, False, True], [False, False, True], [True, False, False]], id="two recurrent layers"
+    ),
     pytest.param(MORE_STATES_THAN_TOKENS, 2, [[False, True], [False, False]], id="more states than tokens in a block"),
     pytest.param(NO_STATE, 2, [[True, False], [False, True]], id="no recurrence"),
     pytest.param(LONG_WINDOW, 2, [[True, False]], id="window beyond all position buckets"),

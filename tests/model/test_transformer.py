@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import WINDOW, small_config, small_model, some_carry, some_tokens, starts_at
+from small_models import WINDOW, small_model, some_carry, some_tokens, starts_at
 from torch import Tensor
 
 from brt_dist.model.transformer import BlockRecurrentTransformer
@@ -47,15 +47,6 @@ def test_without_recurrence_a_token_reaches_as_far_as_layers_times_window_and_wi
         reached = gradient[0].abs().amax(-1).nonzero().flatten()
         assert reached[0] == first
         assert len(reached) == 6 * WINDOW - first
-
-
-def test_gradients_cross_every_block_of_a_segment_but_not_its_beginning() -> None:
-    model = small_model()
-    carry = some_carry(model.config, 1).map(lambda tensor: tensor.requires_grad_())
-    logits, _ = model(some_tokens(1, 3 * WINDOW), carry)
-    _, next_carry = model(some_tokens(1, 2 * WINDOW), carry)
-    assert logits.requires_grad
-    assert all(not tensor.requires_grad for tensor in next_carry.tensors().values())
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -150,9 +141,11 @@ def test_bfloat16_stays_near_float32_over_many_segments(position: str) -> None:
         expected, exact_carry = exact(tokens_BL, exact_carry)
         logits, rounded_carry = rounded(tokens_BL, rounded_carry)
         assert logits.dtype == torch.bfloat16
-        assert (logits - expected).abs().max() <= 0.03 * expected.abs().max()
         states = [carry.layers[1].state_BSD for carry in (rounded_carry, exact_carry)]
-        assert (states[0] - states[1]).abs().max() <= 0.03 * states[1].abs().max()
+        for ours, other in ((logits, expected), states):
+            # A bfloat16 has 8 bits, 0.4 %; single numbers may be off by more, where a sum nearly cancels.
+            assert (ours - other).norm() <= 0.02 * other.norm()
+            assert (ours - other).abs().max() <= 0.15 * other.abs().max()
 
 
 def test_unit_vectors_have_length_one_in_the_dtype_of_their_kind() -> None:
@@ -192,7 +185,3 @@ def test_the_same_seed_gives_the_same_dropout() -> None:
         found.append(model(tokens_BL)[0])
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
-
-
-def test_the_small_model_is_the_config_it_was_made_of() -> None:
-    assert small_model().config == small_config()
