@@ -8,6 +8,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from preprocessing.config import CorpusConfig, DocumentsConfig, ShardsConfig, SplitsConfig, TokenizerConfig
@@ -16,6 +17,11 @@ from preprocessing.report import Reporter
 
 MODULES = ("bisect", "heapq", "fnmatch", "glob", "textwrap", "queue", "sched", "keyword", "stat", "shlex", "reprlib")
 VOCABULARY = 384
+
+
+def pytest_configure() -> None:
+    """One thread: models this small lose time to more, the more so on a shared machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from brt_dist.model.config import ModelConfig
 from brt_dist.model.flops import forward_flops_per_token
 from brt_dist.model.initialization import initialize
 from brt_dist.model.transformer import BlockRecurrentTransformer
+from brt_dist.model.window_attention import rung_here
 from brt_dist.parallel.config import ParallelConfig
 from brt_dist.parallel.launcher import read_launch
 from brt_dist.parallel.process_groups import Processes, joined
@@ -163,12 +164,17 @@ class Trainer:
         count = sum(parameter.numel() for parameter in self.engine.model.parameters())
         report.say(
             f"{count:,} parameters, data ranks: {self.processes.data_ranks}, on {self.processes.device.type}, "
-            f"{self.data.lanes} lanes x {self.data.segment} tokens a step, {len(self.documents)} documents"
+            f"{self.data.lanes} lanes x {self.data.segment} tokens a step, {len(self.documents)} documents, "
+            f"attention by rung {self._rung()!r}"
         )
         if self.step:
             report.say(f"going on behind step {self.step}")
         if self.config.evaluate_every and not len(self.validation):
             report.say("no evaluation during training: the validation split holds no document")
+
+    def _rung(self) -> str:
+        model = self.engine.model.config
+        return rung_here(self.processes.device, getattr(torch, model.dtype), model.head_dim, model.position == "t5")
 
     def _save(self) -> None:
         """Write a checkpoint: rank 0 the parameters and the optimizer, every rank the carry of its lanes."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.attention.varlen
@@ -129,11 +131,12 @@ def test_flash_is_for_ampere_and_later_and_for_head_widths_that_it_knows(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], head_dim: int, usable: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert flash_is_usable(torch.device("cuda"), head_dim) == usable
+    # Unwrapped: what this test pretends must not stay in a cache.
+    assert inspect.unwrap(flash_is_usable)(torch.device("cuda"), head_dim) == usable
 
 
 def test_a_torch_without_any_window_has_no_flash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(flash_attention, "_varlen_offers_window", lambda: False)
     monkeypatch.setattr(flash_attention, "_ops_offer_window", lambda: False)
-    assert not flash_is_usable(torch.device("cuda"), 128)
+    assert not inspect.unwrap(flash_is_usable)(torch.device("cuda"), 128)

@@ -143,8 +143,8 @@ def test_bfloat16_stays_near_float32_over_many_segments(position: str) -> None:
         assert logits.dtype == torch.bfloat16
         states = [carry.layers[1].state_BSD for carry in (rounded_carry, exact_carry)]
         for ours, other in ((logits, expected), states):
-            # A bfloat16 has 8 bits, 0.4 %; single numbers may be off by more, where a sum nearly cancels.
-            assert (ours - other).norm() <= 0.02 * other.norm()
+            # A bfloat16 has 8 bits, 0.4 %; unit vectors of short ones, and sums that nearly cancel, are further off.
+            assert (ours - other).norm() <= 0.06 * other.norm()
             assert (ours - other).abs().max() <= 0.15 * other.abs().max()
 
 
