@@ -53,7 +53,7 @@ def test_when_a_process_is_killed_all_end_and_another_launcher_goes_on_as_if_unb
 
     # The launcher's own lines begin with a time in brackets; ours are the leading process's alone.
     lines = [line for line in [*done.stdout.splitlines(), *done.stderr.splitlines()] if not line.startswith("[20")]
-    assert " parameters, 2 data ranks on cpu, 8 lanes x 32 tokens a step, " in lines[0]
+    assert " parameters, data ranks: 2, on cpu, 8 lanes x 32 tokens a step, " in lines[0]
     assert lines[1].startswith("going on behind step ")
     assert all(line.startswith("step ") for line in lines[2:])
 

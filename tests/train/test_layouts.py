@@ -153,7 +153,7 @@ def test_a_run_prints_its_size_its_steps_and_nothing_else(alone: Runs):
     for name in ("plain", "bfloat16"):
         lines = (alone.folder / f"{name}.txt").read_text().splitlines()
         assert len(lines) == 3, lines
-        assert " parameters, 1 data ranks on cpu, 8 lanes x 32 tokens a step, " in lines[0]
+        assert " parameters, data ranks: 1, on cpu, 8 lanes x 32 tokens a step, " in lines[0]
         assert lines[1].startswith("step 1/12  loss ")
         assert lines[2].startswith("step 12/12  loss ")
 
