@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -83,7 +84,7 @@ def train(config: Config, overrides: Overrides = None, local_rank: LocalRank = N
 @app.command()
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders; one curve for each.")],
-    split: Annotated[str, typer.Option(help="Which documents: train, validation or test.")] = "test",
+    split: Annotated[str, typer.Option(help="Which documents: train, validation, test or all.")] = "test",
     clear_carry_every: Annotated[
         int | None, typer.Option(metavar="N", help="Also score with the carry cleared every N tokens.")
     ] = None,
@@ -141,6 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"{error.format_message()} (see {where.command_path if where else 'brt'} --help)")
     except KeyboardInterrupt:
         return _refuse("interrupted", status=130)
+    except BrokenPipeError:
+        # Whoever read our output has left; without this, Python would complain once more while it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         line = _user_line(error)
         if line is None:

@@ -169,7 +169,9 @@ def _read_override(override: str) -> Sections:
     dotted, equals, text = override.partition("=")
     section, dot, key = dotted.strip().partition(".")
     if not equals or not dot:
-        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+        meant = [f"{name}.{section}" for name in _sections() if section in _types(name)] if equals else []
+        hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
+        raise ConfigError(f"override {override!r} is not of the form section.key=value{hint}")
     return _named({section: {key: _parse(text, f"override {override!r}")}}, "")
 
 

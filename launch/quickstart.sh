@@ -23,7 +23,7 @@ done
 
 echo "== 4/4 both read every test document from its first to its last token"
 figures=$RUNS/evaluation/test-cleared-$SEGMENT.json
-if [ -e "$figures" ] && [ "$figures" -nt "$RUNS/recurrent/checkpoints" ] && [ "$figures" -nt "$RUNS/baseline/checkpoints" ]; then
+if [ -e "${figures%.json}.png" ] && [ -e "$figures" ] && [ "$figures" -nt "$RUNS/recurrent/checkpoints" ] && [ "$figures" -nt "$RUNS/baseline/checkpoints" ]; then
     echo "done before: $figures and the plot beside it"
 else
     python -m brt_dist evaluate "$RUNS/recurrent" "$RUNS/baseline" --split test --clear-carry-every "$SEGMENT" \

@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Literal
 
 from brt_dist.data.errors import BadInput
 from preprocessing.config import CorpusConfig
-from preprocessing.documents import Document
+from preprocessing.documents import Document, printable_name
 from preprocessing.readers import files, jsonl
 from preprocessing.units import Part, Unit, pack
 
 
-def list_units(corpus: CorpusConfig, unit_bytes: int, leave_out: Path | None = None) -> list[Unit]:
+@dataclass
+class _Found:
+    """What lies below the corpus folder: files that match the pattern, and what was left out.
+
+    `excluded_files` counts those that match the pattern, `excluded_folders` folders without looking into them.
+    `dead_links` names the links that lead nowhere or back into a folder that they lie in.
+    """
+
+    names: list[str] = field(default_factory=list)
+    excluded_files: int = 0
+    excluded_folders: int = 0
+    dead_links: list[str] = field(default_factory=list)
+
+
+def list_units(
+    corpus: CorpusConfig,
+    unit_bytes: int,
+    leave_out: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Unit]:
     """All units of a corpus, in an order that depends on names alone; `leave_out` is a folder that is not read.
 
-    BadInput if the path does not exist, or no file matches the pattern.
+    `say` is told, in lines of text, what else was left out. BadInput if the path does not exist, or no file matches the
+    pattern.
     """
-    folder, names = _corpus_files(corpus, leave_out)
+    folder, names = _corpus_files(corpus, leave_out, say)
     return list(pack(_parts(corpus, folder, names, unit_bytes), unit_bytes))
 
 
@@ -55,7 +77,7 @@ def _parts(corpus: CorpusConfig, folder: Path, names: list[str], unit_bytes: int
         raise BadInput(f"the corpus cannot be read: {error}") from None
 
 
-def _corpus_files(corpus: CorpusConfig, leave_out: Path | None) -> tuple[Path, list[str]]:
+def _corpus_files(corpus: CorpusConfig, leave_out: Path | None, say: Callable[[str], None]) -> tuple[Path, list[str]]:
     """The corpus folder and its chosen files: names relative to it with "/", in path order."""
     root = corpus.root
     if not corpus.path:
@@ -64,30 +86,67 @@ def _corpus_files(corpus: CorpusConfig, leave_out: Path | None) -> tuple[Path, l
         return root.parent, [root.name]
     if not root.is_dir():
         raise BadInput(f"corpus.path {root} does not exist")
-    pattern = tuple(corpus.pattern.split("/"))
-    names = [name for name in _walk(root, "", corpus.exclude, leave_out) if matches(tuple(name.split("/")), pattern)]
-    if not names:
+    found = _Found()
+    _walk(corpus, leave_out, "", (os.path.realpath(root),), found)
+    if not found.names:
         excluded = f" (left out: {', '.join(corpus.exclude)})" if corpus.exclude else ""
         raise BadInput(f"corpus is empty: no file below {root} matches {corpus.pattern!r}{excluded}")
-    return root, sorted(names, key=lambda name: name.split("/"))
+    _tell_what_is_left_out(found, say)
+    return root, sorted(found.names, key=lambda name: name.split("/"))
 
 
-def _walk(root: Path, below: str, exclude: tuple[str, ...], leave_out: Path | None) -> Iterator[str]:
-    """Regular files below root/below, links to folders not followed (they may run in circles)."""
+def _walk(corpus: CorpusConfig, leave_out: Path | None, below: str, above: tuple[str, ...], found: _Found) -> None:
+    """Add what lies in the folder root/below to `found`, folders that are links too.
+
+    `above` has the real paths of that folder and of all that the walk came through: a link to one of them would lead
+    round in a circle.
+    """
     try:
-        with os.scandir(root / below) as entries:
-            found = list(entries)
+        with os.scandir(corpus.root / below) as entries:
+            listed = list(entries)
     except OSError as error:
         raise BadInput(f"the corpus cannot be read: {error}") from None
-    for entry in found:
-        if any(fnmatchcase(entry.name, pattern) for pattern in exclude):
-            continue
+    pattern = tuple(corpus.pattern.split("/"))
+    for entry in listed:
         name = f"{below}/{entry.name}" if below else entry.name
-        if entry.is_dir(follow_symlinks=False):
-            if leave_out is None or Path(entry.path).resolve() != leave_out:
-                yield from _walk(root, name, exclude, leave_out)
-        elif entry.is_file():
-            yield name
+        excluded = any(fnmatchcase(entry.name, pattern) for pattern in corpus.exclude)
+        kind = _kind(entry)
+        if kind == "folder" and excluded:
+            found.excluded_folders += 1
+        elif kind == "folder":
+            real = os.path.realpath(entry.path)
+            if real in above:
+                found.dead_links.append(name)
+            elif leave_out is None or real != str(leave_out):
+                _walk(corpus, leave_out, name, (*above, real), found)
+        elif kind == "file" and matches(tuple(name.split("/")), pattern):
+            if excluded:
+                found.excluded_files += 1
+            else:
+                found.names.append(name)
+        elif kind == "dead link" and not excluded:
+            found.dead_links.append(name)
+
+
+def _kind(entry: os.DirEntry[str]) -> Literal["file", "folder", "dead link", "other"]:
+    """What an entry is, or what the link leads to that it is."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+        return "dead link" if entry.is_symlink() and not os.path.exists(entry.path) else "other"
+    except OSError:
+        return "dead link" if entry.is_symlink() else "other"
+
+
+def _tell_what_is_left_out(found: _Found, say: Callable[[str], None]) -> None:
+    counts = ((found.excluded_folders, "folder"), (found.excluded_files, "file"))
+    excluded = " and ".join(f"{count:,} {noun}{'s' * (count != 1)}" for count, noun in counts if count)
+    if excluded:
+        say(f"{excluded} left out by corpus.exclude")
+    for name in sorted(found.dead_links):
+        say(f"link left out, it leads nowhere or back into a folder that it lies in: {printable_name(name)}")
 
 
 def matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from brt_dist.data.errors import BadInput
-from brt_dist.data.token_shards import MANIFEST, ShardEntry, read_manifest
+from brt_dist.data.token_shards import LEDGER, MANIFEST, ShardEntry, read_manifest, writing
 from preprocessing.shard_unit import ShardReport
-
-LEDGER = "units.jsonl"
 
 
 class Ledger:
@@ -68,7 +66,7 @@ class Ledger:
         self._add({"unit": number, "report": asdict(report)})
 
     def _add(self, entry: dict[str, Any]) -> None:
-        with self._path.open("ab") as file:
+        with writing(self._path), self._path.open("ab") as file:
             if file.tell() == 0:
                 file.write(json.dumps({"settings": self._settings}).encode() + b"\n")
             file.write(json.dumps(entry).encode() + b"\n")
@@ -95,15 +93,26 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     else:
         strange = sorted(path.name for pattern in ("*.arrow", "*.model") for path in folder.glob(pattern))
         if strange:
-            raise BadInput(f"{folder} holds {strange[0]}, but neither {MANIFEST} nor {LEDGER} tells what it is")
+            raise BadInput(
+                f"{folder} holds {strange[0]}, but neither {MANIFEST} nor {LEDGER} tells what it is "
+                "(choose another shards.dir, or remove the folder)"
+            )
         return
     difference = _first_difference(found, json.loads(json.dumps(settings)), "")
     if difference:
         key, there, here = difference
-        raise BadInput(
-            f"{folder} holds shards of other settings: {key} is {there!r} there and {here!r} here "
-            "(choose another shards.dir, or remove the folder)"
-        )
+        what = f"of other settings: {key} is {there!r} there and {here!r} here"
+        if key.startswith("corpus_files.") and isinstance(found["corpus_files"].get("bytes"), int):
+            what = f"of another corpus: {_files_differ(found['corpus_files'], settings['corpus_files'])}"
+        raise BadInput(f"{folder} holds shards {what} (choose another shards.dir, or remove the folder)")
+
+
+def _files_differ(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """In words, how the fingerprints of two corpora differ."""
+    counts = [f"{mark['files']} file{'s' * (mark['files'] != 1)} of {mark['bytes']} bytes" for mark in (there, here)]
+    if counts[0] == counts[1]:
+        return f"corpus_files has {counts[0]} there and here, but their names, or the sizes of some, differ"
+    return f"its files differ, corpus_files has {counts[0]} there and {counts[1]} here"
 
 
 def _first_difference(there: Any, here: Any, key: str) -> tuple[str, Any, Any] | None:

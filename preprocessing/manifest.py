@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from brt_dist.data.token_shards import FORMAT, SPLITS, open_documents
+from brt_dist.data.token_shards import FORMAT, SPLITS, manifest_hash, open_documents
 from brt_dist.data.tokenizer import HARD_TEXTS, Tokenizer
 from preprocessing.config import TokenizerConfig
 from preprocessing.shard_unit import ShardReport
@@ -28,13 +28,14 @@ def make_manifest(
     """The manifest of the shards in `folder`; BadInput if two documents have one id.
 
     The tokenizer is called lossless if all hard texts, and the beginning of each document, come back from their tokens.
+    Its "hash" is that of all the rest, so that a change by hand is noticed.
     """
     counts = ("documents", "tokens", "bytes")
     splits = {name: {key: sum(report.splits[name][key] for report in reports) for key in counts} for name in SPLITS}
     skipped = [entry for report in reports for entry in report.skipped]
     replaced = [entry for report in reports for entry in report.replaced]
     inexact = [entry for report in reports for entry in report.inexact]
-    return {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "vocab_size": tokenizer.vocab_size,
         **{key: sum(splits[name][key] for name in SPLITS) for key in counts},
@@ -55,6 +56,8 @@ def make_manifest(
         "replaced_documents": replaced,
         "settings": settings,
     }
+    manifest["hash"] = manifest_hash(manifest)
+    return manifest
 
 
 def _sources(paths: Sequence[Path]) -> list[dict[str, str]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from brt_dist.data.atomic_file import whole_file, write_json
 from brt_dist.data.errors import BadInput
-from brt_dist.data.token_shards import MANIFEST, TokenShards, file_hash
+from brt_dist.data.token_shards import LEDGER, MANIFEST, TokenShards, file_hash, writing
 from brt_dist.data.tokenizer import HARD_TEXTS, Tokenizer, train_tokenizer
 from preprocessing.config import (
     DEFAULT_VOCAB_SIZE,
@@ -24,7 +24,7 @@ from preprocessing.config import (
     TokenizerConfig,
 )
 from preprocessing.corpora import list_units, read_unit
-from preprocessing.ledger import LEDGER, Ledger, check_settings
+from preprocessing.ledger import Ledger, check_settings
 from preprocessing.manifest import TOKENIZER, make_manifest
 from preprocessing.report import Reporter
 from preprocessing.shard_unit import ShardReport, shard_name, write_unit
@@ -71,7 +71,7 @@ def prepare(
         raise BadInput("shards.dir is empty: name the folder for the shards")
     folder = Path(shards.dir)
     reporter = reporter or Reporter()
-    units = list_units(corpus, shards.unit_bytes, leave_out=folder.resolve())
+    units = list_units(corpus, shards.unit_bytes, folder.resolve(), reporter.say)
     job = _Job(corpus, documents, tokenizer, splits, units, folder, threads or _processors(), reporter)
     settings = _settings(job, shards)
     check_settings(folder, settings)
@@ -83,7 +83,8 @@ def prepare(
         _write_shards(job, model, ledger)
         reports = [ledger.reports[unit.number] for unit in units]
         manifest = make_manifest(folder, reports, model, tokenizer, settings)
-        write_json(folder / MANIFEST, manifest)
+        with writing(folder / MANIFEST):
+            write_json(folder / MANIFEST, manifest)
     reporter.summary(manifest)
     return folder / MANIFEST
 
@@ -93,12 +94,16 @@ def _processors() -> int:
 
 
 def _settings(job: _Job, shards: ShardsConfig) -> dict[str, Any]:
-    """All that decides the bytes of the shards; a tokenizer that is brought along counts by its content alone."""
+    """All that decides the bytes of the shards.
+
+    Where the corpus lies does not, nor where a tokenizer comes from that is brought along: its content counts.
+    """
+    corpus = {key: value for key, value in asdict(job.corpus).items() if key != "path"}
     tokenizer = asdict(job.tokenizer)
     if job.tokenizer.model is not None:
         tokenizer = {"model": Tokenizer.open(job.tokenizer.model).hash}
     return {
-        "corpus": {**asdict(job.corpus), "exclude": list(job.corpus.exclude)},
+        "corpus": {**corpus, "pattern": job.corpus.pattern, "exclude": list(job.corpus.exclude)},
         "documents": asdict(job.documents),
         "tokenizer": tokenizer,
         "splits": asdict(job.splits),
@@ -108,15 +113,15 @@ def _settings(job: _Job, shards: ShardsConfig) -> dict[str, Any]:
 
 
 def _is_finished(job: _Job) -> bool:
-    """Whether the manifest is there and every shard has its size; damage that the ledger lets us mend is reported."""
+    """Whether the manifest is there and every file has its hash; damage that the ledger lets us mend is reported."""
     if not (job.folder / MANIFEST).exists():
         return False
     try:
-        TokenShards.open(job.folder, verify="size")
+        TokenShards.open(job.folder, verify="full")
     except BadInput as error:
         if not (job.folder / LEDGER).exists():
             raise
-        job.reporter.say(f"{error}: written again")
+        job.reporter.say(f"to be mended: {error}")
         return False
     return True
 
@@ -127,7 +132,7 @@ def _tokenizer(job: _Job, ledger: Ledger) -> Tokenizer:
     if ledger.tokenizer_hash and path.exists() and file_hash(path) == ledger.tokenizer_hash:
         return Tokenizer.open(path)
     content = _trained_tokenizer(job) if job.tokenizer.model is None else _brought_tokenizer(job)
-    with whole_file(path) as temporary:
+    with writing(path), whole_file(path) as temporary:
         temporary.write_bytes(content)
     model = Tokenizer.open(path)
     ledger.add_tokenizer(model.hash)
@@ -183,13 +188,15 @@ def _survey(job: _Job, fraction: float) -> list[str]:
 
 
 def _check_not_empty(corpus: CorpusConfig, found: int, kept: int, train: int) -> None:
-    place = f"{corpus.root} (pattern {corpus.pattern!r})"
+    place = str(corpus.root) if corpus.root.is_file() else f"{corpus.root} (pattern {corpus.pattern!r})"
     if found == 0:
         raise BadInput(f"corpus is empty: no documents in {place}")
     if kept == 0:
-        raise BadInput(f"corpus is empty: all {found} documents of {place} are empty or not valid UTF-8")
+        all_of_them = f"all {found} documents of {place} are" if found > 1 else f"the only document of {place} is"
+        raise BadInput(f"corpus is empty: {all_of_them} empty or not valid UTF-8")
     if train == 0:
-        raise BadInput(f"none of the {kept} documents of {place} falls into the train split")
+        none_of_them = f"none of the {kept} documents of {place} falls" if kept > 1 else f"the only document of {place}"
+        raise BadInput(f"{none_of_them}{' does not fall' * (kept == 1)} into the train split")
 
 
 def _names(job: _Job) -> Iterator[tuple[str, str]]:

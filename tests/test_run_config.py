@@ -170,7 +170,7 @@ def test_a_section_without_keys_below_it_is_refused(tmp_path: Path):
     assert "model is 3; expected keys under it" in refusal(tmp_path, "model: 3\n")
 
 
-@pytest.mark.parametrize("override", ["train.steps", "steps=3", "=", ""])
+@pytest.mark.parametrize("override", ["train.steps", "nothing=3", "=", ""])
 def test_an_override_of_another_form_is_refused(tmp_path: Path, override: str):
     assert refusal(tmp_path, "", override) == f"override {override!r} is not of the form section.key=value"
 
@@ -270,3 +270,12 @@ def test_a_configuration_cannot_be_changed_after_loading(tmp_path: Path):
     config = load(tmp_path, "")
     with pytest.raises(FrozenInstanceError):
         config.train = config.train  # type: ignore[misc]
+
+
+def test_an_override_without_a_section_names_where_its_key_stands(tmp_path: Path):
+    assert refusal(tmp_path, "", "steps=3").endswith("did you mean train.steps?")
+
+
+def test_seeds_and_learning_rates_have_limits(tmp_path: Path):
+    for override in ("train.seed=99999999999999999999", "data.seed=-1", "optimizer.lr=1e38"):
+        assert override.split("=")[0] in refusal(tmp_path, "", override)

@@ -43,16 +43,21 @@ def folder_of(run: Path, step: int) -> Path:
 
 def begin(run: Path, step: int) -> Path:
     """An empty folder in which the parts of a new checkpoint are written; `finish` gives it its name."""
+    for left_behind in (run / "checkpoints").glob("*.partial"):
+        shutil.rmtree(left_behind, ignore_errors=True)
     partial = folder_of(run, step).with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
 
 
 def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write one safetensors file and force it to the disk."""
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name)
-    _sync(folder / name)
+    """Write one safetensors file and force it to the disk; CheckpointError where that fails, on a full disk say."""
+    try:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name)
+        _sync(folder / name)
+    except (OSError, SafetensorError) as error:
+        (folder / name).unlink(missing_ok=True)
+        raise CheckpointError(f"{folder / name} cannot be written: {error}") from error
 
 
 def carry_file(lanes: range) -> str:
@@ -75,14 +80,25 @@ def finish(partial: Path, facts: Mapping[str, Any]) -> Path:
 
 
 def newest_checkpoint(run: Path, warn: Callable[[str], None] | None = None) -> Path | None:
-    """The newest undamaged checkpoint of a run, None where there is none. Damaged ones are told to `warn`."""
+    """The newest undamaged checkpoint of a run, None where there is none. Damaged ones are told to `warn`.
+
+    CheckpointError where there are checkpoints but none can be used: whoever started afresh would overwrite them.
+    """
     folders = sorted(p for p in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(p.name))
+    passed_over: list[str] = []
     for folder in reversed(folders):
         found = damage(folder)
         if found is None:
+            if warn is not None:
+                for line in passed_over:
+                    warn(line)
             return folder
-        if warn is not None:
-            warn(f"{folder.name} is passed over: {found}")
+        passed_over.append(f"{folder.name} is passed over: {found}")
+    if folders:
+        raise CheckpointError(
+            f"none of the {len(folders)} checkpoints of {run} can be used ({passed_over[0]}); "
+            "mend them, or remove them to start again"
+        )
     return None
 
 
@@ -107,7 +123,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """What `finish` was given, and the list of files. CheckpointError where it cannot be read or was altered."""
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise CheckpointError(f"{folder} is not a complete checkpoint: {FACTS} cannot be read ({error})") from error
     expected = facts.pop("hash", None) if isinstance(facts, dict) else None
     if expected is None or expected != _hash_of(facts):

@@ -29,6 +29,8 @@ class DataConfig:
         for name in ("segment", "lanes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"data.seed is {self.seed}; it must be at least 0 and below 2^32")
         for name, choices in (("verify", ("full", "size")), ("align", ("block", "segment"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"data.{name} is {getattr(self, name)!r}; it must be {' or '.join(choices)}")

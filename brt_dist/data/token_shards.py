@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,8 @@ from brt_dist.data.atomic_file import whole_file, write_json
 from brt_dist.data.errors import BadInput
 
 MANIFEST = "manifest.json"
+# What `brt prepare` keeps beside the manifest; with it a lost or altered file is written again.
+LEDGER = "units.jsonl"
 FORMAT = 1
 SPLITS = ("train", "validation", "test")
 
@@ -73,7 +76,10 @@ def file_hash(path: Path) -> str:
 
 
 def write_shard(path: Path, rows: Iterable[ShardRow], vocab_size: int) -> ShardEntry:
-    """Write `rows` to the shard `path`, whole or not at all; the same rows give the same bytes."""
+    """Write `rows` to the shard `path`, whole or not at all; the same rows give the same bytes.
+
+    BadInput names the shard if it cannot be written, as on a full disk.
+    """
     dtype = token_type(vocab_size)
     schema = pa.schema(
         [
@@ -83,7 +89,7 @@ def write_shard(path: Path, rows: Iterable[ShardRow], vocab_size: int) -> ShardE
         ]
     )
     documents = tokens = 0
-    with whole_file(path) as temporary:
+    with writing(path), whole_file(path) as temporary:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for batch in _batches(rows):
                 documents += len(batch)
@@ -91,6 +97,17 @@ def write_shard(path: Path, rows: Iterable[ShardRow], vocab_size: int) -> ShardE
                 writer.write_batch(_record_batch(batch, schema, dtype))
         digest, size = file_hash(temporary), temporary.stat().st_size
     return ShardEntry(path.name, digest, size, documents, tokens)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system has against writing inside becomes a BadInput that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        # pyarrow's messages carry the system's reason, and its own words around it.
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise BadInput(f"{path} cannot be written: {reason}") from None
 
 
 def _batches(rows: Iterable[ShardRow]) -> Iterator[list[ShardRow]]:
@@ -115,26 +132,70 @@ def _record_batch(batch: list[ShardRow], schema: pa.Schema, dtype: np.dtype) -> 
     return pa.record_batch(columns, schema=schema)
 
 
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    """xxh3_128, in hexadecimal, of all that a manifest says but its own key "hash"."""
+    rest = {key: value for key, value in manifest.items() if key != "hash"}
+    return xxhash.xxh3_128(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a shard folder; BadInput if there is none, or none of ours."""
+    """The manifest of a shard folder; BadInput if there is none, or none of ours, or one that was altered."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"no finished shards in {folder}: {path} does not exist (`brt prepare` writes it)") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadInput(f"{path} cannot be read as a manifest: {error}") from None
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} cannot be read as a manifest: {error} ({_manifest_advice(folder)})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise BadInput(f"{path} is not a manifest of format {FORMAT}: found {found!r}")
-    try:
-        for entry in manifest["shards"]:
-            _ = entry["file"], entry["hash"], entry["size"]
-        _ = manifest["vocab_size"], manifest["documents"]
-        _ = manifest["tokenizer"]["file"], manifest["tokenizer"]["hash"], manifest["tokenizer"]["eos"]
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"{path} is not a whole manifest: {type(error).__name__} {error}") from None
+    if "hash" not in manifest:
+        raise BadInput(f"{path} is not a whole manifest: it has no 'hash' ({_manifest_advice(folder)})")
+    if (found := manifest_hash(manifest)) != manifest["hash"]:
+        advice = _manifest_advice(folder)
+        raise BadInput(f"{path} was altered: its hash is {found} and should be {manifest['hash']} ({advice})")
+    if wrong := _wrong_entry(manifest):
+        raise BadInput(f"{path} is not a whole manifest: {wrong} ({_manifest_advice(folder)})")
     return manifest
+
+
+def _wrong_entry(manifest: dict[str, Any]) -> str | None:
+    """What is missing from a manifest, or has a wrong type, among the entries that this module reads."""
+    tokenizer, shards = manifest.get("tokenizer"), manifest.get("shards")
+    if not isinstance(tokenizer, dict):
+        return f"'tokenizer' must be an object, found {tokenizer!r}"
+    if not isinstance(shards, list) or not all(isinstance(entry, dict) for entry in shards):
+        return "'shards' must be a list of objects"
+    wanted: list[tuple[str, dict[str, Any], str, type]] = [
+        *(("", manifest, key, int) for key in ("vocab_size", "documents")),
+        *(("tokenizer.", tokenizer, key, kind) for key, kind in (("file", str), ("hash", str), ("eos", int))),
+    ]
+    for number, entry in enumerate(shards):
+        place = f"shards[{number}]."
+        wanted += [(place, entry, key, kind) for key, kind in (("file", str), ("hash", str), ("size", int))]
+    for place, entry, key, kind in wanted:
+        value = entry.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            name = "a whole number" if kind is int else "text"
+            return f"'{place}{key}' must be {name}, found {value!r}"
+    if not 0 <= tokenizer["eos"] < manifest["vocab_size"]:
+        return f"'tokenizer.eos' is {tokenizer['eos']}, outside a vocabulary of {manifest['vocab_size']}"
+    return None
+
+
+def _manifest_advice(folder: Path) -> str:
+    if (folder / LEDGER).exists():
+        return "remove it and run `brt prepare` again, which writes it from the finished shards"
+    return f"remove the folder {folder} and run `brt prepare` again"
+
+
+def _file_advice(folder: Path) -> str:
+    if (folder / LEDGER).exists():
+        return "`brt prepare` writes it again"
+    return f"remove the folder {folder} and run `brt prepare` again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,17 +367,18 @@ def _verify(folder: Path, manifest: dict[str, Any], hashes: bool, memory: Path |
         try:
             stat = path.stat()
         except OSError:
-            raise BadInput(f"{path} is missing, and {folder / MANIFEST} lists it") from None
+            raise BadInput(f"{path} is missing, and {folder / MANIFEST} lists it ({_file_advice(folder)})") from None
         if "size" in entry and stat.st_size != entry["size"]:
             kind = "truncated" if stat.st_size < entry["size"] else "not the file that was written"
-            raise BadInput(f"{path} is {kind}: expected {entry['size']} bytes, found {stat.st_size}")
+            sizes = f"expected {entry['size']} bytes, found {stat.st_size}"
+            raise BadInput(f"{path} is {kind}: {sizes} ({_file_advice(folder)})")
         seen = [entry["hash"], stat.st_size, stat.st_mtime_ns]
         if not hashes or known.get(str(path.resolve())) == seen:
             continue
         found = file_hash(path)
         if found != entry["hash"]:
-            mend = "remove it, and `brt prepare` writes it again"
-            raise BadInput(f"{path} was altered: expected hash {entry['hash']}, found {found} ({mend})")
+            hashes_differ = f"expected hash {entry['hash']}, found {found}"
+            raise BadInput(f"{path} was altered: {hashes_differ} ({_file_advice(folder)})")
         fresh[str(path.resolve())] = seen
     if memory is not None and fresh != known:
         # Only a convenience: a folder that cannot be written to costs the next opening its speed and nothing else.

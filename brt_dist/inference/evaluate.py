@@ -55,7 +55,7 @@ def evaluate(
     """Scores every document of a split with the newest checkpoint of each run, all on the same shards.
 
     clear_carry_every: each run is scored a second time with its carry cleared every so many tokens. out: folder of
-    the JSON and the PNG (default: `evaluation` in the first run's folder). lanes and segment change speed and
+    the JSON and the PNG (default: in the first run's folder). lanes and segment change speed and
     memory, not the figures. Prints the figures and returns the path of the JSON.
     Raises BadInput before anything is scored, and then nothing is written.
     """
@@ -67,13 +67,14 @@ def evaluate(
     lanes = balanced_lanes(documents.lengths, MOST_LANES) if lanes is None else lanes
     if lanes < 1:
         raise BadInput(f"{lanes} lanes cannot read {len(documents)} documents; at least 1 lane is needed")
+    folder = _output_folder(out, finished)
     scored = [
         scored_way
         for run in finished
         for scored_way in _score(run, documents, shards.eos, lanes, _ways(clear_carry_every))
     ]
     report = evaluation_report(split, shards.hash, scored)
-    path = _write(report, Path(out) if out is not None else finished[0].folder / "evaluation", clear_carry_every)
+    path = _write(report, folder, clear_carry_every)
     print("\n".join([*_table(report), "", str(path), str(path.with_suffix(".png"))]), flush=True)
     return path
 
@@ -203,9 +204,18 @@ def _check_finite(run: FinishedRun, nats: Sequence[np.ndarray]) -> None:
         )
 
 
+def _output_folder(out: Path | None, runs: Sequence[FinishedRun]) -> Path:
+    """Made before anything is scored. By default in the first run's folder, with the others' names in its own."""
+    others = "".join(f"-with-{run.folder.resolve().name}" for run in runs[1:])
+    folder = runs[0].folder / f"evaluation{others}" if out is None else Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is a file; the figures and the plot need a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def _write(report: dict[str, Any], folder: Path, clear_carry_every: int | None) -> Path:
     """Writes JSON and PNG, each whole or not at all; returns the path of the JSON."""
-    folder.mkdir(parents=True, exist_ok=True)
     suffix = "" if clear_carry_every is None else f"-cleared-{clear_carry_every}"
     path = folder / f"{report['split']}{suffix}.json"
     with whole_file(path.with_suffix(".png")) as temporary:

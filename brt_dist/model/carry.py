@@ -46,10 +46,6 @@ class Carry:
         """
         return self.map(lambda tensor: tensor.detach().clone())
 
-    def lanes(self, first: int, count: int) -> Carry:
-        """The carry of `count` lanes from `first` on."""
-        return self.map(lambda tensor: tensor.narrow(0, first, count))
-
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name, `layers.3.keys`, `layers.3.values` and `layers.3.state`."""
         named = {}

@@ -30,6 +30,8 @@ class TrainConfig:
     profile_steps: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"train.seed is {self.seed}; it must be at least 0 and below 2^32")
         for name, least in (
             ("steps", 1),
             ("save_every", 0),
@@ -62,8 +64,8 @@ class OptimizerConfig:
     weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"optimizer.lr is {self.lr}; it must be greater than 0")
+        if not 0 < self.lr <= 1000:
+            raise ValueError(f"optimizer.lr is {self.lr}; it must be greater than 0 and at most 1000")
         if self.warmup_steps < 0:
             raise ValueError(f"optimizer.warmup_steps is {self.warmup_steps}; it must be at least 0")
         if not self.embedding_lr_ratio > 0:

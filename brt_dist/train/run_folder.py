@@ -1,19 +1,19 @@
 """The folder of a run: its configuration, which is written once, and the lines it has logged.
 
-A folder belongs to one configuration. Keys that change neither the model nor what it learns may differ when a run goes
-on: how long, how often something is saved or scored, and how the work is laid over processes.
+A folder belongs to one configuration. What may differ when a run goes on: how often something is saved or scored, how
+the work is laid over processes, and how long it is (the learning rate's cosine then ends elsewhere).
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from brt_dist.data.atomic_file import whole_file
 from brt_dist.data.errors import BadInput
 
 CONFIG = "config.yaml"
@@ -35,6 +35,9 @@ def check_run_folder(folder: Path, resolved: Config) -> None:
     """BadInput where the folder holds a run of another configuration; names the keys and both values."""
     path = folder / CONFIG
     if not path.exists():
+        for traces in ("checkpoints", METRICS):
+            if (folder / traces).exists():
+                raise BadInput(f"{folder} holds {traces} of a run, but no {CONFIG}; choose another run.dir")
         return
     try:
         there = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -63,14 +66,14 @@ def _flat(config: Config) -> dict[str, Any]:
 def write_config(folder: Path, resolved: Config) -> None:
     """Write the resolved configuration, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / CONFIG, yaml.safe_dump(dict(resolved), sort_keys=False))
+    _write(folder / CONFIG, yaml.safe_dump(dict(resolved), sort_keys=False))
 
 
 def drop_lines_after(path: Path, step: int) -> None:
     """Keep the JSON lines of steps up to `step`; a last line that was cut off goes too."""
     if path.exists():
         kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        _replace(path, "".join(f"{line}\n" for line in kept))
+        _write(path, "".join(f"{line}\n" for line in kept))
 
 
 def _step_of(line: str) -> float:
@@ -80,10 +83,6 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _write(path: Path, text: str) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,7 +15,7 @@ import torch
 from brt_dist.checkpoint import files as checkpoints
 from brt_dist.data.config import DataConfig
 from brt_dist.data.errors import BadInput
-from brt_dist.data.lanes import LanePlan, plan_lanes
+from brt_dist.data.lanes import plan_lanes
 from brt_dist.data.loader import Loader
 from brt_dist.data.token_shards import TokenShards
 from brt_dist.model.carry import Carry
@@ -26,7 +28,7 @@ from brt_dist.parallel.config import ParallelConfig
 from brt_dist.parallel.launcher import read_launch
 from brt_dist.parallel.process_groups import Processes, joined
 from brt_dist.train.config import OptimizerConfig, RunFolderConfig, TrainConfig
-from brt_dist.train.engine import Engine
+from brt_dist.train.engine import Engine, StepResult
 from brt_dist.train.evaluation import evaluate_during_training
 from brt_dist.train.metrics import Reporter, peak_flops
 from brt_dist.train.optimizer import learning_rate
@@ -61,7 +63,7 @@ def train(
 
 def _find_start(folder: Path, resolved: Mapping[str, Mapping[str, Any]]) -> Path | None:
     check_run_folder(folder, resolved)
-    return checkpoints.newest_checkpoint(folder, warn=lambda line: print(line, flush=True))
+    return checkpoints.newest_checkpoint(folder, warn=lambda line: print(line, file=sys.stderr, flush=True))
 
 
 class Trainer:
@@ -82,7 +84,9 @@ class Trainer:
         self.data, self.optimizer = data, optimizer
         self.shards = _open_shards(data, model, folder, processes)
         self.documents = self.shards.split("train")
-        self.plan = _plan(self.documents.lengths, data, model.window, self.shards)
+        self.plan = plan_lanes(
+            self.documents.lengths, data.lanes, data.segment, model.window, seed=data.seed, align=data.align
+        )
         if start is not None:
             processes.on_leader(lambda: self._check_stream(start))
         self.lanes = processes.micro_batch_lanes(data.lanes, parallel.micro_batches)
@@ -125,6 +129,8 @@ class Trainer:
         lr = learning_rate(self.step, self.config.steps, self.optimizer)
         seed = self.config.seed * 1_000_003 + self.step
         result, self.carries = self.engine.step(batches, self.carries, lr, seed)
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm) and result.grad_norm >= 0):
+            self.processes.on_leader(lambda: self._stop_diverged(result))
         ended = time.perf_counter()
         predicted = batches[0].predicted
         self.tokens += predicted
@@ -142,6 +148,13 @@ class Trainer:
         if self.peak_flops is not None:
             figures["mfu"] = rate * self.flops_per_token / (self.peak_flops * self.processes.data_ranks)
         return figures
+
+    def _stop_diverged(self, result: StepResult) -> None:
+        newest = checkpoints.newest_checkpoint(self.folder)
+        kept = "there is no checkpoint yet" if newest is None else f"{newest} stands"
+        raise BadInput(
+            f"the run diverged: step {self.step} has loss {result.loss} and gradient norm {result.grad_norm}; {kept}"
+        )
 
     @property
     def validation(self) -> Any:
@@ -217,7 +230,7 @@ def _open_shards(data: DataConfig, model: ModelConfig, folder: Path, processes: 
     """Checked once, by the leading process, against the manifest and against the model's vocabulary."""
 
     def check() -> None:
-        shards = TokenShards.open(data.shards, data.verify, memory=folder / VERIFIED)
+        shards = TokenShards.open(data.shards, "none")
         if shards.vocab_size != model.vocab_size:
             raise BadInput(
                 f"model.vocab_size is {model.vocab_size}, but the shards in {data.shards} were made with a "
@@ -225,13 +238,10 @@ def _open_shards(data: DataConfig, model: ModelConfig, folder: Path, processes: 
             )
         if not len(shards.split("train")):
             raise BadInput(f"the train split of {data.shards} holds no document")
+        TokenShards.open(data.shards, data.verify, memory=folder / VERIFIED)
 
     processes.on_leader(check)
     return TokenShards.open(data.shards, "none")
-
-
-def _plan(lengths: Any, data: DataConfig, window: int, shards: TokenShards) -> LanePlan:
-    return plan_lanes(lengths, data.lanes, data.segment, window, seed=data.seed, align=data.align)
 
 
 @contextmanager

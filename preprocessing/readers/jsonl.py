@@ -65,7 +65,7 @@ def _document(line: bytes, place: str, text_key: str, id_key: str) -> Document:
     text, name = record[text_key], record.get(id_key)
     if not isinstance(text, str | None):
         raise BadInput(f"{text_key!r} must be a string, found {type(text).__name__}")
-    if not isinstance(name, str | int | None):
+    if not isinstance(name, str | int | None) or isinstance(name, bool):
         raise BadInput(f"{id_key!r} must be a string or a whole number, found {type(name).__name__}")
     return Document(place if name is None else printable_name(str(name)), place, text_bytes(text or "", broken))
 

@@ -34,7 +34,7 @@ def read(folder: Path, unit: Unit, text_key: str, id_key: str) -> Iterator[Docum
     for part in unit.parts:
         path, shown = folder / part.file, printable_name(part.file)
         with _open(path) as file:
-            columns = [text_key, *([id_key] if id_key in file.schema_arrow.names else [])]
+            columns = [text_key, *([id_key] if _has_column(file, path, id_key, "corpus.id_key") else [])]
             row = sum(file.metadata.row_group(number).num_rows for number in range(part.first))
             groups = list(range(part.first, part.stop))
             try:
@@ -45,30 +45,40 @@ def read(folder: Path, unit: Unit, text_key: str, id_key: str) -> Iterator[Docum
                         place = f"{shown}:{row}"
                         yield Document(place if name is None else name, place, text or b"")
                         row += 1
-            except pa.ArrowException as error:
+            except (pa.ArrowException, OSError) as error:
                 raise BadInput(f"{path} cannot be read near row {row}: {error}") from None
 
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise BadInput(f"{path} is not a Parquet file that can be read: {error}") from None
 
 
 def _text_column(file: pq.ParquetFile, path: Path, text_key: str) -> int:
-    """The number of the text column among the file's stored columns."""
-    for number in range(len(file.schema)):
-        if file.schema.column(number).path == text_key:
-            return number
-    found = ", ".join(map(repr, file.schema_arrow.names)) or "no columns"
-    raise BadInput(f"{path} has no column {text_key!r}; found {found} (see corpus.text_key)")
+    """The number of the text column among the file's stored columns; BadInput if it is not one column of text."""
+    if not _has_column(file, path, text_key, "corpus.text_key"):
+        found = ", ".join(map(repr, file.schema_arrow.names)) or "no columns"
+        raise BadInput(f"{path} has no column {text_key!r}; found {found} (see corpus.text_key)")
+    _check_text(file.schema_arrow.field(text_key).type, path, text_key)
+    return next(number for number in range(len(file.schema)) if file.schema.column(number).path == text_key)
+
+
+def _has_column(file: pq.ParquetFile, path: Path, key: str, setting: str) -> bool:
+    count = file.schema_arrow.names.count(key)
+    if count > 1:
+        raise BadInput(f"{path} has {count} columns named {key!r} (see {setting})")
+    return count == 1
+
+
+def _check_text(kind: pa.DataType, path: Path, key: str) -> None:
+    if not _holds_text(kind.value_type if pa.types.is_dictionary(kind) else kind):
+        raise BadInput(f"{path}: column {key!r} must hold text, found {kind}")
 
 
 def _as_bytes(column: pa.Array, path: Path, key: str) -> list[bytes | None]:
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not _holds_text(kind):
-        raise BadInput(f"{path}: column {key!r} must hold text, found {column.type}")
+    _check_text(column.type, path, key)
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     return column.cast(pa.large_binary()).to_pylist()
@@ -84,5 +94,8 @@ def _as_names(column: pa.Array, path: Path, key: str) -> list[str | None]:
 
 
 def _holds_text(kind: pa.DataType) -> bool:
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    return any(test(kind) for test in tests)
+    """Text, bytes, or a column of nothing but nulls, which has no other type."""
+    types = pa.types
+    strings = (types.is_string, types.is_large_string, types.is_string_view)
+    binaries = (types.is_binary, types.is_large_binary, types.is_binary_view)
+    return any(test(kind) for test in (*strings, *binaries, types.is_null))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -144,7 +145,7 @@ def test_a_damaged_checkpoint_is_passed_over_in_a_line_that_names_the_file(
 def test_facts_of_another_kind_are_damage_and_no_crash(tmp_path: Path, text: str):
     folder = save(tmp_path, 3)
     (folder / FACTS).write_text(text)
-    assert newest_checkpoint(tmp_path) is None
+    assert damage(folder) is not None
     with pytest.raises(CheckpointError):
         read_facts(folder)
 
@@ -167,3 +168,21 @@ def test_equal_tensors_make_equal_bytes(tmp_path: Path):
     first, second = save(tmp_path / "a", 6), save(tmp_path / "b", 6)
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes()
+
+
+def test_a_run_without_one_usable_checkpoint_is_an_error_and_not_a_fresh_start(tmp_path: Path):
+    assert newest_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoints" / "step-00000002").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints .* can be used"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(_tensors: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("brt_dist.checkpoint.files.save_file", fail)
+    with pytest.raises(CheckpointError, match=r"parameters\.safetensors cannot be written: .*No space"):
+        write_tensors(tmp_path, "parameters.safetensors", {"a": torch.zeros(2)})
+    assert list(tmp_path.iterdir()) == []

@@ -146,3 +146,20 @@ def test_a_checkpoint_of_other_documents_is_not_gone_on_with(
     line = refused(runs.command("run", f"data.shards={prepared}"))
     assert "was made with other shards: hash " in line
     assert (runs.folder / "run" / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_again_over_them(alone: Runs, refused: Refused):
+    folder = shutil.copytree(alone.folder / "plain", alone.folder / "damaged")
+    for parameters in folder.glob("checkpoints/*/parameters.safetensors"):
+        parameters.write_bytes(parameters.read_bytes()[:100])
+    before = everything(folder)
+    assert "none of the 3 checkpoints" in refused(alone.command("damaged"))
+    assert everything(folder) == before
+
+
+def test_a_folder_with_checkpoints_but_no_configuration_is_left_alone(alone: Runs, refused: Refused):
+    folder = shutil.copytree(alone.folder / "plain", alone.folder / "nameless")
+    (folder / "config.yaml").unlink()
+    before = everything(folder)
+    assert "no config.yaml" in refused(alone.command("nameless"))
+    assert everything(folder) == before

@@ -86,3 +86,19 @@ def test_a_profile_covers_the_steps_behind_the_first(runs: Runs):
     trace = json.loads((runs.folder / "run" / "profile" / "rank-00000.json").read_text())
     steps = {event["name"] for event in trace["traceEvents"] if event["name"].startswith("ProfilerStep")}
     assert steps == {"ProfilerStep#1", "ProfilerStep#2"}
+
+
+def test_a_run_that_diverges_stops_with_one_line_and_keeps_no_step_of_it(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    class DivergingEngine(IdleEngine):
+        def step(self, *arguments: Any) -> tuple[StepResult, list[Carry]]:
+            _, carries = super().step(*arguments)
+            self.steps = getattr(self, "steps", 0) + 1
+            return StepResult(float("nan") if self.steps == 8 else 1.0, 0.5), carries
+
+    monkeypatch.setattr(trainer, "Engine", DivergingEngine)
+    assert main(runs.command("run")) == 2
+    assert "diverged: step 8 has loss nan" in capsys.readouterr().err
+    assert [line["step"] for line in runs.metrics("run")] == list(range(1, 8))
+    assert [path.name for path in (runs.folder / "run" / "checkpoints").iterdir()] == ["step-00000005"]
