@@ -15,13 +15,16 @@ from preprocessing.documents import Document, printable_name
 from preprocessing.readers import files, jsonl
 from preprocessing.units import Part, Unit, pack
 
+# Links named one by one.
+_NAMED = 20
+
 
 @dataclass
 class _Found:
     """What lies below the corpus folder: files that match the pattern, and what was left out.
 
     `excluded_files` counts those that match the pattern, `excluded_folders` folders without looking into them.
-    `dead_links` names the links that lead nowhere or back into a folder that they lie in.
+    `dead_links` names links that match it and lead nowhere, and those that lead back into a folder that they lie in.
     """
 
     names: list[str] = field(default_factory=list)
@@ -109,7 +112,8 @@ def _walk(corpus: CorpusConfig, leave_out: Path | None, below: str, above: tuple
     pattern = tuple(corpus.pattern.split("/"))
     for entry in listed:
         name = f"{below}/{entry.name}" if below else entry.name
-        excluded = any(fnmatchcase(entry.name, pattern) for pattern in corpus.exclude)
+        excluded = any(fnmatchcase(entry.name, part) for part in corpus.exclude)
+        matched = matches(tuple(name.split("/")), pattern)
         kind = _kind(entry)
         if kind == "folder" and excluded:
             found.excluded_folders += 1
@@ -119,12 +123,12 @@ def _walk(corpus: CorpusConfig, leave_out: Path | None, below: str, above: tuple
                 found.dead_links.append(name)
             elif leave_out is None or real != str(leave_out):
                 _walk(corpus, leave_out, name, (*above, real), found)
-        elif kind == "file" and matches(tuple(name.split("/")), pattern):
+        elif kind == "file" and matched:
             if excluded:
                 found.excluded_files += 1
             else:
                 found.names.append(name)
-        elif kind == "dead link" and not excluded:
+        elif kind == "dead link" and matched and not excluded:
             found.dead_links.append(name)
 
 
@@ -145,8 +149,10 @@ def _tell_what_is_left_out(found: _Found, say: Callable[[str], None]) -> None:
     excluded = " and ".join(f"{count:,} {noun}{'s' * (count != 1)}" for count, noun in counts if count)
     if excluded:
         say(f"{excluded} left out by corpus.exclude")
-    for name in sorted(found.dead_links):
+    for name in sorted(found.dead_links)[:_NAMED]:
         say(f"link left out, it leads nowhere or back into a folder that it lies in: {printable_name(name)}")
+    if len(found.dead_links) > _NAMED:
+        say(f"... and {len(found.dead_links) - _NAMED:,} more such links")
 
 
 def matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:

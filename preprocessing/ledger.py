@@ -102,14 +102,17 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     if difference:
         key, there, here = difference
         what = f"of other settings: {key} is {there!r} there and {here!r} here"
-        if key.startswith("corpus_files.") and isinstance(found["corpus_files"].get("bytes"), int):
+        if key.startswith("corpus_files."):
             what = f"of another corpus: {_files_differ(found['corpus_files'], settings['corpus_files'])}"
         raise BadInput(f"{folder} holds shards {what} (choose another shards.dir, or remove the folder)")
 
 
 def _files_differ(there: dict[str, Any], here: dict[str, Any]) -> str:
     """In words, how the fingerprints of two corpora differ."""
-    counts = [f"{mark['files']} file{'s' * (mark['files'] != 1)} of {mark['bytes']} bytes" for mark in (there, here)]
+    counts = [
+        f"{mark.get('files')} file{'s' * (mark.get('files') != 1)} of {mark.get('bytes')} bytes"
+        for mark in (there, here)
+    ]
     if counts[0] == counts[1]:
         return f"corpus_files has {counts[0]} there and here, but their names, or the sizes of some, differ"
     return f"its files differ, corpus_files has {counts[0]} there and {counts[1]} here"

@@ -116,6 +116,7 @@ def _is_finished(job: _Job) -> bool:
     """Whether the manifest is there and every file has its hash; damage that the ledger lets us mend is reported."""
     if not (job.folder / MANIFEST).exists():
         return False
+    job.reporter.say(f"checking the finished shards in {job.folder}")
     try:
         TokenShards.open(job.folder, verify="full")
     except BadInput as error:

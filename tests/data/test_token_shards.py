@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,15 @@ import pytest
 from brt_dist.data import token_shards
 from brt_dist.data.atomic_file import write_json
 from brt_dist.data.errors import BadInput
-from brt_dist.data.token_shards import ShardRow, TokenShards, file_hash, open_documents, token_type, write_shard
+from brt_dist.data.token_shards import (
+    ShardRow,
+    TokenShards,
+    file_hash,
+    manifest_hash,
+    open_documents,
+    token_type,
+    write_shard,
+)
 
 SPLIT_OF = ("train", "validation", "train", "test", "train")
 
@@ -38,8 +48,13 @@ def folder(tmp_path: Path) -> Path:
         "tokenizer": {"file": "tokenizer.model", "hash": file_hash(tmp_path / "tokenizer.model"), "eos": 1},
         "shards": [vars(entry) for entry in entries],
     }
-    write_json(tmp_path / "manifest.json", manifest)
+    seal(tmp_path, manifest)
     return tmp_path
+
+
+def seal(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest with the hash that belongs to it."""
+    write_json(folder / "manifest.json", {**manifest, "hash": manifest_hash(manifest)})
 
 
 def test_every_document_comes_back_in_the_order_of_the_shards(folder: Path) -> None:
@@ -155,11 +170,15 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
     ("content", "message"),
     [
         (None, r"manifest\.json does not exist"),
-        (b"{half", r"manifest\.json cannot be read as a manifest"),
+        (
+            b"{half",
+            r"manifest\.json cannot be read as a manifest: .*\(remove the folder .* and run `brt prepare` again",
+        ),
+        (b"[" * 10**6, r"manifest\.json cannot be read as a manifest"),
         (b"\xff\xfe", r"manifest\.json cannot be read as a manifest"),
         (b"[1]", r"not a manifest of format 1: found 'list'"),
         (b'{"format": 99}', r"not a manifest of format 1: found 99"),
-        (b'{"format": 1, "shards": []}', r"manifest\.json is not a whole manifest"),
+        (b'{"format": 1, "shards": []}', r"manifest\.json is not a whole manifest: it has no 'hash' \(remove"),
     ],
 )
 def test_a_folder_without_a_manifest_of_ours_is_bad_input(folder: Path, content: bytes | None, message: str) -> None:
@@ -168,6 +187,74 @@ def test_a_folder_without_a_manifest_of_ours_is_bad_input(folder: Path, content:
         (folder / "manifest.json").write_bytes(content)
     with pytest.raises(BadInput, match=message):
         TokenShards.open(folder)
+
+
+def drop_last_shard(manifest: dict[str, Any]) -> None:
+    manifest["documents"] -= manifest["shards"].pop()["documents"]
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "file": (lambda manifest: manifest["shards"][0].update(file=3), r"'shards\[0\]\.file' must be text, found 3"),
+    "size": (lambda manifest: manifest["shards"][1].update(size="x"), r"'shards\[1\]\.size' must be a whole number"),
+    "eos": (lambda manifest: manifest["tokenizer"].update(eos="a"), r"'tokenizer\.eos' must be a whole number"),
+    "far eos": (lambda manifest: manifest["tokenizer"].update(eos=10000), r"eos' is 10000, outside a vocab.* of 10000"),
+    "vocab_size": (lambda manifest: manifest.update(vocab_size="10000"), r"'vocab_size' must be .*, found '10000'"),
+    "documents": (lambda manifest: manifest.pop("documents"), r"'documents' must be a whole number, found None"),
+    "tokenizer": (lambda manifest: manifest.update(tokenizer=[]), r"'tokenizer' must be an object"),
+    "shards": (lambda manifest: manifest.update(shards={"a": 1}), r"'shards' must be a list of objects"),
+    "other eos": (lambda manifest: manifest["tokenizer"].update(eos=5), ""),
+    "last shard": (drop_last_shard, ""),
+}
+
+
+@pytest.mark.parametrize("verify", ["full", "none"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_manifest_changed_by_hand_is_refused_with_both_hashes(folder: Path, change: str, verify: str) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    written = manifest["hash"]
+    CHANGES[change][0](manifest)
+    write_json(path, manifest)
+    message = f"manifest.json was altered: its hash is {manifest_hash(manifest)} and should be {written} (remove"
+    with pytest.raises(BadInput, match=re.escape(message)):
+        TokenShards.open(folder, verify=verify)
+
+
+@pytest.mark.parametrize("change", [name for name, (_, message) in CHANGES.items() if message])
+def test_a_manifest_with_entries_of_another_type_is_one_line(folder: Path, change: str) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    CHANGES[change][0](manifest)
+    seal(folder, manifest)
+    with pytest.raises(BadInput, match=rf"manifest\.json is not a whole manifest: {CHANGES[change][1]}"):
+        TokenShards.open(folder)
+
+
+def test_the_hash_of_a_manifest_depends_on_what_it_says_and_not_on_how_it_is_laid_out(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(dict(reversed(manifest.items()))))
+    assert len(TokenShards.open(folder).split("all")) == len(ROWS)
+
+
+@pytest.mark.parametrize("damage", ["altered", "truncated", "missing"])
+def test_the_advice_for_a_damaged_shard_is_true_with_and_without_the_ledger(folder: Path, damage: str) -> None:
+    content = (folder / "b.arrow").read_bytes()
+    if damage == "missing":
+        (folder / "b.arrow").unlink()
+    else:
+        (folder / "b.arrow").write_bytes(content[:-1] + bytes([content[-1] ^ 1]) * (damage == "altered"))
+    with pytest.raises(BadInput, match=rf"{damage}.*\(remove the folder .* and run `brt prepare` again\)"):
+        TokenShards.open(folder)
+    (folder / "units.jsonl").write_text("{}")
+    with pytest.raises(BadInput, match=rf"{damage}.*\(`brt prepare` writes it again\)"):
+        TokenShards.open(folder)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_names_the_shard(tmp_path: Path) -> None:
+    (tmp_path / f".shard.arrow.{os.getpid()}.part").symlink_to("/dev/full")
+    with pytest.raises(BadInput, match=r"shard\.arrow cannot be written: No space left on device"):
+        write_shard(tmp_path / "shard.arrow", ROWS, 10000)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_is_no_arrow_file_is_named_even_when_nothing_is_verified(folder: Path) -> None:
@@ -209,7 +296,7 @@ def test_the_hash_of_the_shards_depends_on_the_tokenizer_and_on_every_shard(fold
     found = {before}
     for entry in (manifest["tokenizer"], *manifest["shards"]):
         kept, entry["hash"] = entry["hash"], "0" * 32
-        write_json(folder / "manifest.json", manifest)
+        seal(folder, manifest)
         found.add(TokenShards.open(folder, verify="size").hash)
         entry["hash"] = kept
     assert len(found) == 4

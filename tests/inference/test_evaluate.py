@@ -16,7 +16,7 @@ import yaml
 from brt_dist.checkpoint import files
 from brt_dist.data.atomic_file import write_json
 from brt_dist.data.errors import BadInput
-from brt_dist.data.token_shards import ShardRow, TokenShards, file_hash, write_shard
+from brt_dist.data.token_shards import ShardRow, TokenShards, file_hash, manifest_hash, write_shard
 from brt_dist.inference.documents import score_documents
 from brt_dist.inference.evaluate import evaluate
 from brt_dist.model.config import ModelConfig
@@ -42,16 +42,9 @@ def make_shards(folder: Path, seed: int = 0, vocabulary: int = VOCABULARY) -> Pa
     entry = write_shard(folder / "0.arrow", rows, vocabulary)
     (folder / "tokenizer.model").write_bytes(b"a tokenizer")
     tokenizer = {"file": "tokenizer.model", "hash": file_hash(folder / "tokenizer.model"), "eos": EOS}
-    write_json(
-        folder / "manifest.json",
-        {
-            "format": 1,
-            "vocab_size": vocabulary,
-            "documents": len(rows),
-            "tokenizer": tokenizer,
-            "shards": [vars(entry)],
-        },
-    )
+    counts = {"format": 1, "vocab_size": vocabulary, "documents": len(rows)}
+    manifest = {**counts, "tokenizer": tokenizer, "shards": [vars(entry)]}
+    write_json(folder / "manifest.json", {**manifest, "hash": manifest_hash(manifest)})
     return folder
 
 

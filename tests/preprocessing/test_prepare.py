@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,6 +117,34 @@ def test_another_run_elsewhere_with_more_threads_gives_the_same_bytes(run: Run, 
     assert run.files() == before
 
 
+def test_a_corpus_that_was_moved_gives_the_same_manifest_and_is_not_refused(run: Run, tmp_path: Path) -> None:
+    run()
+    before = run.files()
+    run.corpus.root.rename(tmp_path / "moved")
+    run.corpus = CorpusConfig(path=str(tmp_path / "moved" / "*.txt"))
+    run()
+    assert "nothing to do" in run.printed
+    run.folder = tmp_path / "elsewhere"
+    run.shards = ShardsConfig(dir=str(run.folder), unit_bytes=5000)
+    run()
+    assert run.files() == before
+    assert str(tmp_path) not in before["manifest.json"].decode()
+
+
+def test_what_the_exclude_setting_leaves_out_is_counted(run: Run) -> None:
+    run.corpus = CorpusConfig(path=run.corpus.path, exclude=("1*.txt", "cache", "*.bin"))
+    (run.corpus.root / "other.bin").write_bytes(b"no match of the pattern anyway")
+    run()
+    assert "10 files left out by corpus.exclude\n" in run.printed
+    (run.corpus.root / "cache").mkdir()
+    run()
+    assert "1 folder and 10 files left out by corpus.exclude\n" in run.printed
+    run.corpus = CorpusConfig(path=run.corpus.path)
+    run.shards = ShardsConfig(dir=f"{run.shards.dir}-2", unit_bytes=5000)
+    run()
+    assert "left out by" not in run.printed
+
+
 def test_a_finished_run_started_again_does_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run()
     before = {path: path.stat().st_mtime_ns for path in run.folder.iterdir()}
@@ -154,6 +183,50 @@ def test_a_ledger_line_cut_short_by_a_crash_counts_as_not_written(run: Run) -> N
     assert run.files() == whole
 
 
+@pytest.mark.parametrize("name", ["shard-000001.arrow", "tokenizer.model"])
+def test_a_file_with_one_flipped_byte_is_noticed_and_written_again(run: Run, name: str) -> None:
+    run()
+    whole = run.files()
+    content = bytearray(whole[name])
+    content[len(content) // 2] ^= 1
+    (run.folder / name).write_bytes(content)
+    run()
+    assert f"{name} was altered" in run.printed
+    assert {name: run.files()[name] for name in whole if name != "units.jsonl"} == {
+        name: content for name, content in whole.items() if name != "units.jsonl"
+    }
+    run()
+    assert "nothing to do" in run.printed
+
+
+def test_a_damaged_folder_without_a_ledger_is_refused_with_advice_that_helps(run: Run) -> None:
+    run()
+    whole = run.files()
+    (run.folder / "units.jsonl").unlink()
+    (run.folder / "shard-000001.arrow").write_bytes(b"short")
+    with pytest.raises(BadInput, match=r"shard-000001\.arrow is truncated.*\(remove the folder .*shards and run"):
+        run()
+    shutil.rmtree(run.folder)
+    run()
+    assert run.files() == whole
+
+
+@pytest.mark.parametrize("content", [b'{"format": 1, "vocab', b"{}", b'{"format": 1, "hash": "0"}'])
+def test_a_spoilt_manifest_can_be_removed_and_is_written_again_from_the_finished_shards(
+    run: Run, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run()
+    whole = run.files()
+    (run.folder / "manifest.json").write_bytes(content)
+    with pytest.raises(BadInput, match=r"manifest\.json .*\(remove it and run `brt prepare` again"):
+        run()
+    (run.folder / "manifest.json").unlink()
+    begun = stop_after(monkeypatch, 0)
+    run()
+    assert begun == []
+    assert run.files() == whole
+
+
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_shard_lost_from_a_finished_folder_is_written_again(run: Run, damage: str) -> None:
     run()
@@ -179,10 +252,16 @@ def change_splits(run: Run) -> str:
 
 def add_a_file(run: Run) -> str:
     (run.corpus.root / "new.txt").write_text("new")
-    return r"corpus_files\.files is 24 there and 25 here"
+    size = sum(len(text.encode()) for text in TEXTS.values())
+    return rf"its files differ, corpus_files has 24 files of {size} bytes there and 25 files of {size + 3} bytes here"
 
 
-@pytest.mark.parametrize("change", [change_vocabulary, change_splits, add_a_file])
+def rename_a_file(run: Run) -> str:
+    (run.corpus.root / "01.txt").rename(run.corpus.root / "00.txt")
+    return r"corpus_files has 24 files of \d+ bytes there and here, but their names, or the sizes of some, differ"
+
+
+@pytest.mark.parametrize("change", [change_vocabulary, change_splits, add_a_file, rename_a_file])
 @pytest.mark.parametrize("finished", [True, False])
 def test_the_shards_of_other_settings_are_never_overwritten(
     run: Run, change: Callable[[Run], str], finished: bool
@@ -192,7 +271,7 @@ def test_the_shards_of_other_settings_are_never_overwritten(
         (run.folder / "manifest.json").unlink()
     before = run.files()
     message = change(run)
-    with pytest.raises(BadInput, match=rf"shards holds shards of other settings: {message}"):
+    with pytest.raises(BadInput, match=rf"shards holds shards of (other settings|another corpus): {message}"):
         run()
     assert run.files() == before
 
@@ -240,6 +319,22 @@ def test_a_document_that_is_not_utf8_ends_the_run_by_default_and_binds_the_folde
     assert not run.folder.exists()
     run.documents = DocumentsConfig("skip")
     assert run().manifest["skipped"]["invalid_utf8"] == 1
+
+
+def test_a_single_empty_file_is_an_empty_corpus_in_plain_words(run: Run) -> None:
+    (run.corpus.root / "01.txt").write_bytes(b"")
+    run.corpus = CorpusConfig(path=str(run.corpus.root / "01.txt"))
+    with pytest.raises(
+        BadInput, match=r"corpus is empty: the only document of .*/01\.txt is empty or not valid UTF-8$"
+    ):
+        run()
+
+
+def test_a_single_document_that_is_held_back_leaves_nothing_to_train_on(run: Run) -> None:
+    run.corpus = CorpusConfig(path=str(run.corpus.root / "01.txt"))
+    run.splits = SplitsConfig(0.999999, 0.0)
+    with pytest.raises(BadInput, match=r"the only document of .*/01\.txt does not fall into the train split"):
+        run()
 
 
 def test_a_corpus_of_empty_documents_is_empty(run: Run) -> None:

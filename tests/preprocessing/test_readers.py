@@ -72,6 +72,30 @@ def test_the_default_pattern_of_files_is_every_file_and_a_folder_may_be_left_out
     assert names == {"b.py", "a-b/x.py", "test/t.py"}
 
 
+def test_a_linked_folder_is_read_like_any_other(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    (other / "far.py").write_bytes(b"far")
+    (tree / "a" / "link").symlink_to(other)
+    (tree / "test" / "near").symlink_to(tree / "a-b")
+    found = contents(CorpusConfig(path=str(tree)))
+    assert len(found) == 9
+    assert (found["a/link/far.py"], found["test/near/x.py"]) == (b"far", b"x")
+
+
+def test_links_that_run_in_circles_or_lead_nowhere_are_left_out_by_name(tree: Path) -> None:
+    (tree / "a" / "up").symlink_to("..")
+    (tree / "a" / "self").symlink_to("self")
+    (tree / "gone").symlink_to("nowhere")
+    (tree / "test" / "there").symlink_to(tree / "a-b")
+    (tree / "a-b" / "back").symlink_to(tree / "test")
+    said: list[str] = []
+    units = list_units(CorpusConfig(path=str(tree)), EVERYTHING, say=said.append)
+    names = {part.file for unit in units for part in unit.parts}
+    assert len(names) == 7 + 2
+    assert {"a-b/back/t.py", "test/there/x.py"} < names
+    assert [line.rsplit(": ")[1] for line in said] == ["a-b/back/there", "a/self", "a/up", "gone", "test/there/back"]
+
+
 def test_stdlib_in_a_path_stands_for_the_standard_library() -> None:
     corpus = CorpusConfig(path="{stdlib}/json/*.py")
     assert contents(corpus)["decoder.py"] == Path(sysconfig.get_paths()["stdlib"], "json/decoder.py").read_bytes()
@@ -145,6 +169,7 @@ def test_a_json_line_without_an_id_is_named_by_file_and_byte_and_numbers_are_ids
         (b'{"title": 1, "body": "x"}', r"a\.jsonl line 3: no key 'text'; found 'title', 'body'"),
         (b'{"text": 3}', r"a\.jsonl line 3: 'text' must be a string, found int"),
         (b'{"text": "x", "id": [1]}', r"a\.jsonl line 3: 'id' must be a string or a whole number, found list"),
+        (b'{"text": "x", "id": true}', r"a\.jsonl line 3: 'id' must be a string or a whole number, found bool"),
         (b'"text"', r"a\.jsonl line 3: expected an object with the key 'text', found str"),
         (b"\xff\xfe", r"a\.jsonl line 3: not valid JSON"),
         (b'{"text": ' + b"9" * 5000 + b"}", r"a\.jsonl line 3: not valid JSON"),
@@ -186,7 +211,9 @@ def parquet_file(path: Path, columns: dict[str, pa.Array]) -> CorpusConfig:
     return CorpusConfig(reader="parquet", path=str(path))
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.binary(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
 @pytest.mark.parametrize("unit_bytes", [1, EVERYTHING])
 def test_every_parquet_row_is_read_once_whatever_the_row_groups(tmp_path: Path, kind, unit_bytes: int) -> None:
     texts = [f"é text {number % 4}" for number in range(8)]
@@ -200,6 +227,43 @@ def test_a_parquet_row_without_an_id_is_named_by_file_and_row_and_null_is_empty(
     corpus = parquet_file(tmp_path / "a.parquet", {"text": pa.array(["p", None, "q", "r"])})
     expected = {"a.parquet:0": b"p", "a.parquet:1": b"", "a.parquet:2": b"q", "a.parquet:3": b"r"}
     assert contents(corpus, 1) == expected
+
+
+def test_parquet_ids_that_are_all_null_are_file_and_row(tmp_path: Path) -> None:
+    corpus = parquet_file(tmp_path / "a.parquet", {"text": pa.array(["p", "q"]), "id": pa.nulls(2)})
+    assert contents(corpus) == {"a.parquet:0": b"p", "a.parquet:1": b"q"}
+
+
+@pytest.mark.parametrize("key", ["text", "id"])
+def test_two_parquet_columns_of_one_name_are_refused(tmp_path: Path, key: str) -> None:
+    names = ["text", "id", key]
+    table = pa.Table.from_arrays([pa.array(["x"])] * 3, names=names)
+    pq.write_table(table, tmp_path / "a.parquet")
+    message = rf"a\.parquet has 2 columns named '{key}' \(see corpus\.{key}_key\)"
+    with pytest.raises(BadInput, match=message):
+        read_all(CorpusConfig(reader="parquet", path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [(pa.array([["x"]]), "list<"), (pa.array([{"a": "x"}]), "struct<a: string>"), (pa.array([1.5]), "double")],
+)
+def test_a_parquet_text_column_of_another_type_is_named_with_its_type(tmp_path: Path, column, kind: str) -> None:
+    corpus = parquet_file(tmp_path / "a.parquet", {"text": column})
+    with pytest.raises(BadInput, match=rf"a\.parquet: column 'text' must hold text, found {kind}"):
+        read_all(corpus)
+
+
+def test_corrupt_parquet_data_are_named_by_file_and_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    corpus = parquet_file(path, {"text": pa.array([f"{number} text " * 50 for number in range(6)])})
+    content = bytearray(path.read_bytes())
+    start = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    first = start.dictionary_page_offset or start.data_page_offset
+    content[first + 20 : first + start.total_compressed_size] = b"\xff" * (start.total_compressed_size - 20)
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match=r"a\.parquet cannot be read near row 3: "):
+        read_all(corpus)
 
 
 def test_bad_bytes_in_a_parquet_string_column_reach_the_policy(tmp_path: Path) -> None:

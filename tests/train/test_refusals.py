@@ -12,7 +12,7 @@ from training_runs import Runs
 
 from brt_dist.cli import main
 from brt_dist.data.atomic_file import write_json
-from brt_dist.data.token_shards import ShardRow, file_hash, write_shard
+from brt_dist.data.token_shards import ShardRow, file_hash, manifest_hash, write_shard
 
 Refused = Callable[..., str]
 
@@ -106,7 +106,7 @@ def test_shards_without_a_training_document_are_refused(runs: Runs, tmp_path: Pa
     (folder / "tokenizer.model").write_bytes(b"a tokenizer")
     tokenizer = {"file": "tokenizer.model", "hash": file_hash(folder / "tokenizer.model"), "eos": 1}
     manifest = {"format": 1, "vocab_size": 384, "documents": 1, "tokenizer": tokenizer, "shards": [vars(entry)]}
-    write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", {**manifest, "hash": manifest_hash(manifest)})
     assert f"the train split of {folder} holds no document" in refused(runs.command("run", f"data.shards={folder}"))
 
 
