@@ -196,8 +196,10 @@ def _check_not_empty(corpus: CorpusConfig, found: int, kept: int, train: int) ->
         all_of_them = f"all {found} documents of {place} are" if found > 1 else f"the only document of {place} is"
         raise BadInput(f"corpus is empty: {all_of_them} empty or not valid UTF-8")
     if train == 0:
-        none_of_them = f"none of the {kept} documents of {place} falls" if kept > 1 else f"the only document of {place}"
-        raise BadInput(f"{none_of_them}{' does not fall' * (kept == 1)} into the train split")
+        fall = (
+            f"none of the {kept} documents of {place} falls" if kept > 1 else f"the only text, {place}, does not fall"
+        )
+        raise BadInput(f"{fall} into the train split, so there is nothing to train on")
 
 
 def _names(job: _Job) -> Iterator[tuple[str, str]]:

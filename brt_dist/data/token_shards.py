@@ -151,7 +151,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{path} cannot be read as a manifest: {error} ({_manifest_advice(folder)})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise BadInput(f"{path} is not a manifest of format {FORMAT}: found {found!r}")
+        raise BadInput(f"{path} is not a manifest of format {FORMAT}: found {found!r} ({_manifest_advice(folder)})")
     if "hash" not in manifest:
         raise BadInput(f"{path} is not a whole manifest: it has no 'hash' ({_manifest_advice(folder)})")
     if (found := manifest_hash(manifest)) != manifest["hash"]:

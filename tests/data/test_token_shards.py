@@ -197,7 +197,10 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "file": (lambda manifest: manifest["shards"][0].update(file=3), r"'shards\[0\]\.file' must be text, found 3"),
     "size": (lambda manifest: manifest["shards"][1].update(size="x"), r"'shards\[1\]\.size' must be a whole number"),
     "eos": (lambda manifest: manifest["tokenizer"].update(eos="a"), r"'tokenizer\.eos' must be a whole number"),
-    "far eos": (lambda manifest: manifest["tokenizer"].update(eos=10000), r"eos' is 10000, outside a vocab.* of 10000"),
+    "far eos": (
+        lambda manifest: manifest["tokenizer"].update(eos=10000),
+        r"'tokenizer\.eos' is 10000, outside a vocabulary",
+    ),
     "vocab_size": (lambda manifest: manifest.update(vocab_size="10000"), r"'vocab_size' must be .*, found '10000'"),
     "documents": (lambda manifest: manifest.pop("documents"), r"'documents' must be a whole number, found None"),
     "tokenizer": (lambda manifest: manifest.update(tokenizer=[]), r"'tokenizer' must be an object"),
