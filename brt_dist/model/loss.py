@@ -25,6 +25,9 @@ def linear_cross_entropy(
     flow, and nats_T, the float32 losses of the single tokens (0 where nothing is predicted) as constants.
     No more than chunk x V logits exist at a time; the gradients are computed beside the loss, so backward is free.
     """
+    if not torch.is_grad_enabled():
+        # An autograd function is asked for gradients by its inputs alone; an evaluation must not pay for them.
+        hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, divisor, chunk)
 
 

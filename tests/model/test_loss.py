@@ -161,3 +161,12 @@ def test_training_and_scoring_the_model_make_no_full_logits() -> None:
         model.loss(tokens_BL, tokens_BL)[0].backward()
     with no_larger_than(CHUNK * config.vocab_size):
         model.token_losses(tokens_BL, tokens_BL)
+
+
+def test_without_gradients_one_matrix_product_a_chunk_is_all_that_is_computed() -> None:
+    hidden, weight, targets = inputs()
+    chunks = -(-len(targets) // 4)
+    for enabled, products in ((True, 3 * chunks), (False, chunks)):
+        with torch.set_grad_enabled(enabled), torch.profiler.profile() as profile:
+            linear_cross_entropy(hidden, weight, targets, DIVISOR, 4)
+        assert sum(event.name == "aten::mm" for event in profile.events()) == products
