@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
@@ -16,6 +17,9 @@ from brt_dist.parallel.config import ParallelConfig
 from brt_dist.parallel.launcher import SECONDS_FOR_THE_LEADER_TO_SPEAK, Launch, LaunchError
 
 T = TypeVar("T")
+
+# How long processes wait for one another: for the leading one while it hashes a large corpus, say.
+PATIENCE = timedelta(hours=2)
 
 # Where processes on several machines meet if MASTER_PORT is not set; torchrun's choice too.
 DEFAULT_PORT = 29500
@@ -47,9 +51,21 @@ class Processes:
         dist.all_reduce(totals)
         return [float(total) for total in totals]
 
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        dist.barrier()
+    def on_all(self, work: Callable[[], None]) -> None:
+        """Do `work` in every process and wait for all of them.
+
+        Where it fails, its exception is raised as it is; processes in which it didn't fail then leave quietly with
+        exit status 2, instead of waiting for those that did.
+        """
+        failed = 1.0
+        try:
+            work()
+            failed = 0.0
+        finally:
+            failures = self.sum(failed)[0]
+        if failures:
+            time.sleep(SECONDS_FOR_THE_LEADER_TO_SPEAK)
+            raise SystemExit(2)
 
     def on_leader(self, work: Callable[[], T]) -> T:
         """What `work` returns in the leading process, for all of them; it must be small enough to be pickled.
@@ -86,14 +102,20 @@ def joined(launch: Launch, parallel: ParallelConfig) -> Iterator[Processes]:
         # Several processes with a thread per core each would fight for the cores.
         torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // launch.local_size)))
     if launch.world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
     else:
         address, port = _meeting_point(launch)
         dist.init_process_group(
-            backend, init_method=f"tcp://{address}:{port}", rank=launch.rank, world_size=launch.world_size
+            backend,
+            init_method=f"tcp://{address}:{port}",
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=PATIENCE,
         )
     try:
-        yield Processes(launch.rank, data_ranks, launch.local_rank, device)
+        # On CUDA the device's number: a launcher may show each process only the GPU that is its own.
+        local_rank = launch.local_rank if device.index is None else device.index
+        yield Processes(launch.rank, data_ranks, local_rank, device)
     finally:
         dist.destroy_process_group()
 

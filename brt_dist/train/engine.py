@@ -170,8 +170,10 @@ class _LossModule(nn.Module):
 def _initialize(
     model: BlockRecurrentTransformer, optimizer: OptimizerConfig, config: dict[str, Any], local_rank: int
 ) -> Any:
-    # DeepSpeed insists on the variable, which not every launcher sets.
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    # DeepSpeed takes the device from these, insists on the first, and that the second agree where OpenMPI set it.
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(local_rank)
     deepspeed = _quiet_deepspeed()
     module = _LossModule(model)
     # The bf16 optimizer prints the use of memory at every step of its construction, past the logger.

@@ -13,12 +13,13 @@ from typing import Any
 
 import yaml
 
-from brt_dist.data.atomic_file import whole_file
+from brt_dist.data.atomic_file import whole_file, write_json
 from brt_dist.data.errors import BadInput
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+STREAM = "stream.json"
 VERIFIED = "verified_shards.json"
 
 OWN_SECTIONS = ("model", "data", "optimizer", "train")
@@ -33,6 +34,8 @@ Config = Mapping[str, Mapping[str, Any]]
 
 def check_run_folder(folder: Path, resolved: Config) -> None:
     """BadInput where the folder holds a run of another configuration; names the keys and both values."""
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"run.dir {folder} is a file; a run needs a folder")
     path = folder / CONFIG
     if not path.exists():
         for traces in ("checkpoints", METRICS):
@@ -63,9 +66,22 @@ def _flat(config: Config) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key not in FREE_KEYS}
 
 
-def write_config(folder: Path, resolved: Config) -> None:
-    """Write the resolved configuration, whole or not at all."""
+def read_stream(folder: Path) -> dict[str, str] | None:
+    """The hashes of the shards and of the lane plan that the folder's run reads; None where there is no run yet."""
+    path = folder / STREAM
+    if not path.exists():
+        return None
+    try:
+        stream = json.loads(path.read_text(encoding="utf-8"))
+        return {name: str(stream[name]) for name in ("shards", "plan")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} cannot be read, so {folder} is left alone: {error}") from error
+
+
+def write_config(folder: Path, resolved: Config, stream: Mapping[str, str]) -> None:
+    """Write which tokens the run reads and then the resolved configuration, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / STREAM, dict(stream))
     _write(folder / CONFIG, yaml.safe_dump(dict(resolved), sort_keys=False))
 
 

@@ -15,7 +15,7 @@ import torch
 from brt_dist.checkpoint import files as checkpoints
 from brt_dist.data.config import DataConfig
 from brt_dist.data.errors import BadInput
-from brt_dist.data.lanes import plan_lanes
+from brt_dist.data.lanes import LanePlan, plan_lanes
 from brt_dist.data.loader import Loader
 from brt_dist.data.token_shards import TokenShards
 from brt_dist.model.carry import Carry
@@ -32,7 +32,7 @@ from brt_dist.train.engine import Engine, StepResult
 from brt_dist.train.evaluation import evaluate_during_training
 from brt_dist.train.metrics import Reporter, peak_flops
 from brt_dist.train.optimizer import learning_rate
-from brt_dist.train.run_folder import VERIFIED, check_run_folder, write_config
+from brt_dist.train.run_folder import VERIFIED, check_run_folder, read_stream, write_config
 
 
 def train(
@@ -57,7 +57,7 @@ def train(
                 print(f"{folder} is finished: {start.name} stands at {train.steps} steps or more")
             return
         trainer = Trainer(model, data, parallel, optimizer, train, folder, processes, start)
-        processes.on_leader(lambda: write_config(folder, resolved))
+        processes.on_leader(lambda: write_config(folder, resolved, trainer.stream))
         trainer.run()
 
 
@@ -82,13 +82,10 @@ class Trainer:
     ):
         self.config, self.folder, self.processes = config, folder, processes
         self.data, self.optimizer = data, optimizer
-        self.shards = _open_shards(data, model, folder, processes)
+        processes.on_leader(lambda: _check_stream(data, model, folder, start))
+        self.shards = TokenShards.open(data.shards, "none")
         self.documents = self.shards.split("train")
-        self.plan = plan_lanes(
-            self.documents.lengths, data.lanes, data.segment, model.window, seed=data.seed, align=data.align
-        )
-        if start is not None:
-            processes.on_leader(lambda: self._check_stream(start))
+        self.plan = _plan(self.shards, data, model)
         self.lanes = processes.micro_batch_lanes(data.lanes, parallel.micro_batches)
         self.step, self.tokens = 0, 0
         self.carries: Sequence[Carry | None] = [None] * len(self.lanes)
@@ -150,11 +147,15 @@ class Trainer:
         return figures
 
     def _stop_diverged(self, result: StepResult) -> None:
-        newest = checkpoints.newest_checkpoint(self.folder)
-        kept = "there is no checkpoint yet" if newest is None else f"{newest} stands"
         raise BadInput(
-            f"the run diverged: step {self.step} has loss {result.loss} and gradient norm {result.grad_norm}; {kept}"
+            f"the run diverged: step {self.step} has loss {result.loss} and gradient norm {result.grad_norm}; "
+            f"earlier checkpoints in {self.folder} stand"
         )
+
+    @property
+    def stream(self) -> dict[str, str]:
+        """What tells the tokens of this run and their order from those of any other."""
+        return {"shards": self.shards.hash, "plan": self.plan.hash}
 
     @property
     def validation(self) -> Any:
@@ -195,28 +196,23 @@ class Trainer:
         partial = self.processes.on_leader(lambda: checkpoints.begin(self.folder, self.step))
         carry = Carry.concatenate([carry for carry in self.carries if carry is not None])
         mine = range(self.lanes[0].start, self.lanes[-1].stop)
-        checkpoints.write_tensors(partial, checkpoints.carry_file(mine), carry.map(lambda t: t.cpu()).tensors())
-        if self.processes.leads:
-            checkpoints.write_tensors(partial, checkpoints.PARAMETERS, parameters)
-            checkpoints.write_tensors(partial, checkpoints.OPTIMIZER, moments)
-        self.processes.barrier()
+
+        def write() -> None:
+            checkpoints.write_tensors(partial, checkpoints.carry_file(mine), carry.map(lambda t: t.cpu()).tensors())
+            if self.processes.leads:
+                checkpoints.write_tensors(partial, checkpoints.PARAMETERS, parameters)
+                checkpoints.write_tensors(partial, checkpoints.OPTIMIZER, moments)
+
+        self.processes.on_all(write)
         facts = {
             "step": self.step,
             "position": self.step,
             "tokens": self.tokens,
             "lanes": self.data.lanes,
             "seed": self.config.seed,
-            "plan": self.plan.hash,
-            "shards": self.shards.hash,
+            **self.stream,
         }
         self.processes.on_leader(lambda: checkpoints.finish(partial, facts))
-
-    def _check_stream(self, start: Path) -> None:
-        """BadInput unless the checkpoint was made with the lanes and tokens that this run reads."""
-        facts = checkpoints.read_facts(start)
-        for name, here in (("shards", self.shards.hash), ("plan", self.plan.hash)):
-            if facts[name] != here:
-                raise BadInput(f"{start} was made with other {name}: hash {facts[name]} there, {here} here")
 
     def _restore(self, start: Path) -> None:
         facts = checkpoints.read_facts(start)
@@ -226,22 +222,27 @@ class Trainer:
         self.carries = [carry.map(lambda tensor: tensor.to(self.processes.device)) for carry in carries]
 
 
-def _open_shards(data: DataConfig, model: ModelConfig, folder: Path, processes: Processes) -> TokenShards:
-    """Checked once, by the leading process, against the manifest and against the model's vocabulary."""
+def _check_stream(data: DataConfig, model: ModelConfig, folder: Path, start: Path | None) -> None:
+    """BadInput unless the shards are whole, fit the model, and are those that the folder's run was begun with."""
+    shards = TokenShards.open(data.shards, "none")
+    if shards.vocab_size != model.vocab_size:
+        raise BadInput(
+            f"model.vocab_size is {model.vocab_size}, but the shards in {data.shards} were made with a "
+            f"tokenizer of {shards.vocab_size}"
+        )
+    if not len(shards.split("train")):
+        raise BadInput(f"the train split of {data.shards} holds no document")
+    begun = {folder: read_stream(folder), start: checkpoints.read_facts(start) if start is not None else None}
+    for place, there in begun.items():
+        for name, here in (("shards", shards.hash), ("plan", _plan(shards, data, model).hash)):
+            if there is not None and there[name] != here:
+                raise BadInput(f"{place} was made with other {name}: hash {there[name]} there, {here} here")
+    TokenShards.open(data.shards, data.verify, memory=folder / VERIFIED)
 
-    def check() -> None:
-        shards = TokenShards.open(data.shards, "none")
-        if shards.vocab_size != model.vocab_size:
-            raise BadInput(
-                f"model.vocab_size is {model.vocab_size}, but the shards in {data.shards} were made with a "
-                f"tokenizer of {shards.vocab_size}"
-            )
-        if not len(shards.split("train")):
-            raise BadInput(f"the train split of {data.shards} holds no document")
-        TokenShards.open(data.shards, data.verify, memory=folder / VERIFIED)
 
-    processes.on_leader(check)
-    return TokenShards.open(data.shards, "none")
+def _plan(shards: TokenShards, data: DataConfig, model: ModelConfig) -> LanePlan:
+    lengths = shards.split("train").lengths
+    return plan_lanes(lengths, data.lanes, data.segment, model.window, seed=data.seed, align=data.align)
 
 
 @contextmanager

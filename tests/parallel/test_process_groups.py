@@ -40,7 +40,7 @@ def test_one_process_joins_alone_and_leaves_again():
             assert (processes.data_rank, processes.data_ranks, processes.leads) == (0, 1, True)
             assert processes.sum(1.5, 2.0**40 + 1) == [1.5, 2.0**40 + 1]
             assert processes.on_leader(lambda: "done") == "done"
-            processes.barrier()
+            processes.on_all(lambda: None)
         assert not torch.distributed.is_initialized()
 
 
@@ -50,6 +50,11 @@ def test_an_error_of_the_leading_process_stays_what_it_is():
         joined(Launch(), ParallelConfig()) as processes,
     ):
         processes.on_leader(lambda: 1 // 0)
+    with (
+        pytest.raises(ZeroDivisionError),
+        joined(Launch(), ParallelConfig()) as processes,
+    ):
+        processes.on_all(lambda: print(1 // 0))
     assert not torch.distributed.is_initialized()
 
 

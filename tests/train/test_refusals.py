@@ -163,3 +163,22 @@ def test_a_folder_with_checkpoints_but_no_configuration_is_left_alone(alone: Run
     before = everything(folder)
     assert "no config.yaml" in refused(alone.command("nameless"))
     assert everything(folder) == before
+
+
+def test_a_run_that_has_no_checkpoint_yet_is_not_replaced_by_one_on_other_documents(
+    runs: Runs, alone: Runs, corpus: Path, tmp_path: Path, refused: Refused
+):
+    shorter = tmp_path / "shorter.jsonl"
+    shorter.write_text("".join(f"{line}\n" for line in corpus.read_text().splitlines()[:-3]))
+    settings = ["corpus.reader=jsonl", f"corpus.path={shorter}", f"shards.dir={tmp_path / 'shards'}"]
+    assert main(["prepare", str(runs.config), *settings]) == 0
+    folder = shutil.copytree(alone.folder / "plain", runs.folder / "run")
+    shutil.rmtree(folder / "checkpoints")
+    before = everything(folder)
+    assert "was made with other shards: hash " in refused(runs.command("run", f"data.shards={tmp_path / 'shards'}"))
+    assert everything(folder) == before
+
+
+def test_a_run_folder_that_is_a_file_is_named(runs: Runs, refused: Refused):
+    (runs.folder / "run").write_text("")
+    assert "is a file" in refused(runs.command("run"))

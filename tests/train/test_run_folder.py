@@ -12,7 +12,9 @@ import yaml
 
 from brt_dist.data.errors import BadInput
 from brt_dist.run_config import RunConfig
-from brt_dist.train.run_folder import CONFIG, FREE_KEYS, check_run_folder, drop_lines_after, write_config
+from brt_dist.train.run_folder import CONFIG, FREE_KEYS, check_run_folder, drop_lines_after, read_stream, write_config
+
+STREAM = {"shards": "a", "plan": "b"}
 
 
 @pytest.fixture
@@ -29,10 +31,10 @@ def changed(resolved: dict[str, dict[str, Any]], dotted: str, value: Any) -> dic
 
 
 def test_a_written_configuration_is_taken_as_the_same(tmp_path: Path, resolved: dict[str, dict[str, Any]]):
-    write_config(tmp_path / "run", resolved)
+    write_config(tmp_path / "run", resolved, STREAM)
     check_run_folder(tmp_path / "run", resolved)
     assert yaml.safe_load((tmp_path / "run" / CONFIG).read_text()) == resolved
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [CONFIG]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {CONFIG, "stream.json"}
 
 
 def test_a_folder_without_a_run_fits_every_configuration(tmp_path: Path, resolved: dict[str, dict[str, Any]]):
@@ -48,7 +50,7 @@ def test_what_decides_the_result_must_not_differ(
     tmp_path: Path, resolved: dict[str, dict[str, Any]], key: str, value: Any
 ):
     section, name = key.split(".")
-    write_config(tmp_path, resolved)
+    write_config(tmp_path, resolved, STREAM)
     with pytest.raises(BadInput) as caught:
         check_run_folder(tmp_path, changed(resolved, key, value))
     assert f"{key} is {resolved[section][name]} there and {value} here" in str(caught.value)
@@ -57,7 +59,7 @@ def test_what_decides_the_result_must_not_differ(
 
 @pytest.mark.parametrize("key", [*FREE_KEYS, "parallel.micro_batches", "parallel.zero_stage", "run.dir", "corpus.path"])
 def test_what_does_not_decide_it_may(tmp_path: Path, resolved: dict[str, dict[str, Any]], key: str):
-    write_config(tmp_path, resolved)
+    write_config(tmp_path, resolved, STREAM)
     check_run_folder(tmp_path, changed(resolved, key, "something else"))
 
 
@@ -86,3 +88,12 @@ def test_lines_of_a_run_that_begins_again_are_all_dropped(tmp_path: Path):
     assert path.read_text() == ""
     drop_lines_after(tmp_path / "not there", 0)
     assert not (tmp_path / "not there").exists()
+
+
+def test_the_stream_of_a_run_is_read_as_it_was_written(tmp_path: Path, resolved: dict[str, dict[str, Any]]):
+    assert read_stream(tmp_path) is None
+    write_config(tmp_path, resolved, STREAM)
+    assert read_stream(tmp_path) == STREAM
+    (tmp_path / "stream.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"stream\.json cannot be read"):
+        read_stream(tmp_path)
