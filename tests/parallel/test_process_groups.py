@@ -72,7 +72,7 @@ class MeetingError(Exception):
     ],
 )
 def test_processes_meet_where_they_were_told(launch: Launch, where: str, monkeypatch: pytest.MonkeyPatch):
-    def meet(backend: str, init_method: str, rank: int, world_size: int) -> None:
+    def meet(backend: str, init_method: str, **_: object) -> None:
         raise MeetingError(init_method)
 
     monkeypatch.setattr(torch.distributed, "init_process_group", meet)
