@@ -45,9 +45,35 @@ CELL = {
     "projection.weight": [f"_kvq/{part}_layer/kernel" for part in ("queries", "queries2", "keys", "values")],
     "scale_H": ["_kvq/attention_scale"],
     "token_scale_H": ["attention_scale2"],
-    "update.weight": ["post_attn_mlp/output_layer/kernel"],
-    "gate.bias_D": ["post_attn_mlp/gate_bias"],
 }
+
+
+def gate_names(config: ModelConfig, ours: str, theirs: str) -> dict[str, list[str]]:
+    """A gate's parameters; the reference keeps them, with the candidate's projection, in the block named `theirs`."""
+    candidate = f"{theirs}/output_layer/kernel"
+    if config.gate == "fixed":
+        return {f"{ours}.candidate.weight": [candidate], f"{ours}.bias_D": [f"{theirs}/gate_bias"]}
+    gates = [f"{theirs}/{gate}_gate/kernel" for gate in ("input", "forget")]
+    return {
+        f"{ours}.candidate_and_gates.weight": [candidate, *gates],
+        f"{ours}.input_bias_D": [f"{theirs}/input_gate/bias"],
+        f"{ours}.forget_bias_D": [f"{theirs}/forget_gate/bias"],
+    }
+
+
+def update_names(config: ModelConfig) -> dict[str, list[str]]:
+    """The parameters of a cell's update: skip has the attention's block alone, single the MLP's alone, dual both."""
+    if config.cell == "skip":
+        return gate_names(config, "gate", "post_attn_mlp")
+    mlp_input = {"mlp_input.weight": ["ffn/hidden0/kernel"]}
+    if config.cell == "single":
+        return {**mlp_input, **gate_names(config, "gate", "ffn")}
+    return {
+        **gate_names(config, "gate", "post_attn_mlp"),
+        "mlp_norm.weight": ["pre_ffn_layernorm/scale"],
+        **mlp_input,
+        **gate_names(config, "mlp_gate", "ffn"),
+    }
 
 
 def read_vectors(path: Path) -> Mapping[str, np.ndarray]:
@@ -96,7 +122,7 @@ def model_config(reference: Mapping[str, Any]) -> ModelConfig:
         gate="lstm" if reference["recurrent_gate_type"] == "lstm" else "fixed",
         cell=cell if recurrent else "skip",
         position="t5",
-        feedback=bool(reference["feedback_recurrence"]),
+        feedback=bool(recurrent and reference["feedback_recurrence"] and reference["dstack_window_length"]),
     )
 
 
@@ -106,11 +132,12 @@ def reference_names(config: ModelConfig) -> dict[str, list[str]]:
     for index in range(config.num_layers):
         recurrent = index in config.recurrent_layers
         tokens = f"layers.{index}.tokens" if recurrent else f"layers.{index}"
-        for ours, theirs in (READING_TOKENS if recurrent else TOKENS).items():
+        for ours, theirs in (READING_TOKENS if recurrent or config.feedback else TOKENS).items():
             names[f"{tokens}.{ours}"] = [f"transformer{index}/{name}" for name in theirs]
         if recurrent:
             names[f"layers.{index}.initial_state_SD"] = [f"transformer{index}/recurrent_initial_state"]
-            for ours, theirs in CELL.items():
+            cell = CELL | {f"update.{ours}": theirs for ours, theirs in update_names(config).items()}
+            for ours, theirs in cell.items():
                 names[f"layers.{index}.cell.{ours}"] = [f"transformer{index}/recurrent_tbase/{name}" for name in theirs]
     return names
 

@@ -132,7 +132,7 @@ class _StateRecorder:
 
     def _listen(self, index: int, cell: RecurrentCell) -> Any:
         self.states[index] = []
-        return cell.register_forward_hook(lambda _cell, _inputs, outputs: self.states[index].append(outputs[0]))
+        return cell.register_forward_hook(lambda _cell, _inputs, state_BSD: self.states[index].append(state_BSD))
 
     def recorded(self) -> dict[int, Tensor]:
         """states_BCSD by layer; stops listening."""

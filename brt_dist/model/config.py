@@ -16,6 +16,8 @@ class ModelConfig:
     window             tokens of a block; a token attends to exactly this many earlier ones
     num_states         state vectors of a recurrent layer
     recurrent_layers   their indices, counted from 0
+    gate, cell         of the recurrent layers, as in the paper's Rec:gate:cell (see `gates.py`, `state_update.py`)
+    feedback           all other layers read the (last) recurrent layer's state, too; the stack runs block by block
     position           of the token self-attention: T5 relative bias, rotary, or none
     logit_scale        what logits are divided by: sqrt(dim) or sqrt(vocab_size)
     dtype              of weights and activations in training, as torch names it; the state and its gates are float32 in
@@ -62,9 +64,8 @@ class ModelConfig:
                 )
         if len(set(self.recurrent_layers)) < len(self.recurrent_layers):
             raise ValueError(f"model.recurrent_layers {list(self.recurrent_layers)} names a layer twice")
-        for name, only in (("gate", "fixed"), ("cell", "skip"), ("feedback", False)):
-            if self.recurrent_layers and getattr(self, name) != only:
-                raise ValueError(f"model.{name} is {getattr(self, name)!r}; this version has {only!r} only")
+        if self.feedback and not self.recurrent_layers:
+            raise ValueError("model.feedback is true, but model.recurrent_layers is empty: no layer has a state to read")
 
     @property
     def logit_divisor(self) -> float:

@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from fnmatch import fnmatch
 
 import torch
 from torch import Tensor, nn
 
-# Mean and standard deviation by name, the first pattern that fits; None: 1 / sqrt(inputs).
-DISTRIBUTIONS: dict[str, tuple[float, float | None]] = {
-    "embedding.weight": (0.0, 1.0),
-    "*norm.weight": (1.0, 0.0),
-    "*scale_H": (1.0, 0.0),
-    "*.bias.table": (0.0, 0.0),
-    "*.ids_SD": (0.0, 1.0),
-    "*.initial_state_SD": (0.0, 0.1),
+
+
+@dataclass(frozen=True)
+class Normal:
+    """A normal distribution; std None: sqrt(variance / inputs). Truncated at two standard deviations of the normal
+    that, cut off there, has the standard deviation wanted."""
+
+    mean: float = 0.0
+    std: float | None = None
+    variance: float = 1.0
+    truncated: bool = False
+
+
+MATRIX = Normal()
+GATE_MATRIX = Normal(variance=0.1, truncated=True)
+
+# By name, the first pattern that fits. Several distributions: one for each matrix of a stack.
+DISTRIBUTIONS: dict[str, tuple[Normal, ...]] = {
+    "embedding.weight": (Normal(0.0, 1.0),),
+    "*norm.weight": (Normal(1.0, 0.0),),
+    "*scale_H": (Normal(1.0, 0.0),),
+    "*.bias.table": (Normal(0.0, 0.0),),
+    "*.ids_SD": (Normal(0.0, 1.0),),
+    "*.initial_state_SD": (Normal(0.0, 0.1),),
     # Not zero in the paper, so that Adafactor, which scales steps by a parameter's size, can move it.
-    "*.gate.bias_D": (0.0, 0.1),
-    "*.weight": (0.0, None),
+    "*gate.*bias_D": (Normal(0.0, 0.1),),
+    "*gate.candidate_and_gates.weight": (MATRIX, GATE_MATRIX, GATE_MATRIX),
+    "*.weight": (MATRIX,),
 }
+# Standard deviation of a standard normal that is cut off at -2 and 2.
+TRUNCATED_STD = 0.8796256610342398
 
 
 def initialize(model: nn.Module, seed: int) -> None:
@@ -37,8 +57,19 @@ def initialize(model: nn.Module, seed: int) -> None:
 
 
 def _draw(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
-    mean, std = next((values for pattern, values in DISTRIBUTIONS.items() if fnmatch(name, pattern)), (None, None))
-    if mean is None:
+    found = next((values for pattern, values in DISTRIBUTIONS.items() if fnmatch(name, pattern)), None)
+    if found is None:
         raise KeyError(f"no initial value is known for parameter {name}")
     values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-    return values.normal_(mean, values.shape[-1] ** -0.5 if std is None else std, generator=generator)
+    for part, normal in zip(values.chunk(len(found)), found, strict=True):
+        _fill(part, normal, generator)
+    return values
+
+
+def _fill(values: Tensor, normal: Normal, generator: torch.Generator) -> None:
+    std = (normal.variance / values.shape[-1]) ** 0.5 if normal.std is None else normal.std
+    if normal.truncated:
+        std /= TRUNCATED_STD
+        nn.init.trunc_normal_(values, normal.mean, std, normal.mean - 2 * std, normal.mean + 2 * std, generator)
+    else:
+        values.normal_(normal.mean, std, generator=generator)

@@ -1,7 +1,7 @@
 """The block-recurrent layer (paper, section 3), in two phases.
 
 Phase one is sequential, block by block, and holds only what must be: the state reads itself and the tokens' keys and
-values and is updated through a gate. Phase two runs over the whole segment at once: the tokens attend to each other and
+values and is updated through gates. Phase two runs over the whole segment at once: the tokens attend to each other and
 to the states of all blocks. This equals the block-by-block computation, because the state update never reads the
 layer's token output, and tokens read the state as it was before their own block updated it.
 
@@ -12,54 +12,61 @@ Dimension key
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brt_dist.model.carry import LayerCarry
 from brt_dist.model.config import ModelConfig
-from brt_dist.model.gates import FixedGate
-from brt_dist.model.transformer_layer import EPSILON, TransformerLayer, unit
+from brt_dist.model.stacked_linear import StackedLinear
+from brt_dist.model.state_update import StateNorm, make_update
+from brt_dist.model.transformer_layer import TransformerLayer, unit
 from brt_dist.model.window_attention import attend_all, pair_blocks
 
 
+@dataclass(frozen=True)
+class StateViews:
+    """What a state asks of itself and of the tokens, and what it offers to both."""
+
+    self_queries_BSHK: Tensor
+    token_queries_BSHK: Tensor
+    keys_BSHK: Tensor
+    values_BSHK: Tensor
+
+
 class RecurrentCell(nn.Module):
-    """The horizontal direction: advances the state by one block. Configuration *skip*: a gate, no MLP."""
+    """The horizontal direction: advances the state by one block."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        inner = config.num_heads * config.head_dim
         self.head_dim = config.head_dim
-        self.norm = nn.RMSNorm(config.dim, eps=EPSILON)
+        self.norm = StateNorm(config.dim)
         # Without the ids all state vectors would be treated alike and could collapse into one.
         self.ids_SD = nn.Parameter(torch.zeros(config.num_states, config.dim))
-        self.projection = nn.Linear(config.dim, 4 * inner, bias=False)
+        self.projection = StackedLinear(config.dim, config.num_heads * config.head_dim, parts=4)
         self.scale_H = nn.Parameter(torch.ones(config.num_heads))
         self.token_scale_H = nn.Parameter(torch.ones(config.num_heads))
-        self.update = nn.Linear(2 * inner, config.dim, bias=False)
-        self.gate = FixedGate(config.dim)
+        self.update = make_update(config)
+
+    def view(self, state_BSD: Tensor) -> StateViews:
+        """Queries, keys and values of a state; queries and keys have unit length."""
+        parts = self.projection(self.norm(state_BSD) + self.ids_SD)
+        self_queries, token_queries, keys, values = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        return StateViews(unit(self_queries), unit(token_queries), unit(keys), values)
 
     def forward(
-        self, state_BSD: Tensor, token_keys_BXHK: Tensor, token_values_BXHK: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The state behind this block, and keys_BSHK and values_BSHK of the state in front of it.
+        self, state_BSD: Tensor, views: StateViews, token_keys_BXHK: Tensor, token_values_BXHK: Tensor
+    ) -> Tensor:
+        """The state behind a block; views: of the state in front of it.
 
         The state sees all 2W tokens of this block and the previous one, without mask, order or bias (reference).
         """
-        dtype = token_keys_BXHK.dtype
-        gain_D = self.norm.weight.to(state_BSD.dtype)
-        h_BSD = F.rms_norm(state_BSD, gain_D.shape, gain_D, EPSILON).to(dtype) + self.ids_SD
-        parts = self.projection(h_BSD).unflatten(-1, (4, -1, self.head_dim)).unbind(2)
-        self_queries, token_queries, keys_BSHK = (unit(part) for part in parts[:3])
-        values_BSHK = parts[3]
-        heads = torch.cat(
-            [
-                attend_all(self_queries, keys_BSHK, values_BSHK, self.scale_H.abs()).flatten(-2),
-                attend_all(token_queries, token_keys_BXHK, token_values_BXHK, self.token_scale_H.abs()).flatten(-2),
-            ],
-            dim=-1,
+        own_BSHK = attend_all(views.self_queries_BSHK, views.keys_BSHK, views.values_BSHK, self.scale_H.abs())
+        tokens_BSHK = attend_all(
+            views.token_queries_BSHK, token_keys_BXHK, token_values_BXHK, self.token_scale_H.abs()
         )
-        return self.gate(state_BSD, self.update(heads)), keys_BSHK, values_BSHK
+        return self.update(state_BSD, torch.cat([own_BSHK.flatten(-2), tokens_BSHK.flatten(-2)], dim=-1))
 
 
 class RecurrentLayer(nn.Module):
@@ -76,7 +83,6 @@ class RecurrentLayer(nn.Module):
         views = self.tokens.view(x_BLD)
         keys_BCXHK = pair_blocks(views.keys_BLHK, carry.keys_BWHK, starts_BC)
         values_BCXHK = pair_blocks(views.values_BLHK, carry.values_BWHK, starts_BC)
-        assert carry.state_BSD is not None
         state_BSD, state_keys, state_values = self.recur(carry.state_BSD, keys_BCXHK, values_BCXHK, starts_BC)
         out_BLD = self.tokens.finish(
             x_BLD,
@@ -86,15 +92,20 @@ class RecurrentLayer(nn.Module):
         return out_BLD, self.tokens.carry_on(views, state_BSD)
 
     def recur(
-        self, state_BSD: Tensor, keys_BCXHK: Tensor, values_BCXHK: Tensor, starts_BC: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, state_BSD: Tensor | None, keys_BCXHK: Tensor, values_BCXHK: Tensor, starts_BC: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Phase one. Returns the last state and the keys_BCSHK and values_BCSHK that each block's tokens read."""
-        initial_SD = self.initial_state_SD.to(state_BSD.dtype)
         state_keys, state_values = [], []
         for block in range(starts_BC.shape[1]):
-            # `where`, even if nothing starts here: ZeRO pairs gradients by the parameters that took part.
-            state_BSD = torch.where(starts_BC[:, block, None, None], initial_SD, state_BSD)
-            state_BSD, keys_BSHK, values_BSHK = self.cell(state_BSD, keys_BCXHK[:, block], values_BCXHK[:, block])
-            state_keys.append(keys_BSHK)
-            state_values.append(values_BSHK)
+            state_BSD = self.open(state_BSD, starts_BC[:, block])
+            views = self.cell.view(state_BSD)
+            state_BSD = self.cell(state_BSD, views, keys_BCXHK[:, block], values_BCXHK[:, block])
+            state_keys.append(views.keys_BSHK)
+            state_values.append(views.values_BSHK)
         return state_BSD, torch.stack(state_keys, dim=1), torch.stack(state_values, dim=1)
+
+    def open(self, state_BSD: Tensor | None, starts_B: Tensor) -> Tensor:
+        """The state in front of a block: the carried one, or the learned initial one where a document starts."""
+        assert state_BSD is not None, "the carry of a recurrent layer has a state"
+        # `where`, even if nothing starts here: ZeRO pairs gradients by the parameters that took part.
+        return torch.where(starts_B[:, None, None], self.initial_state_SD.to(state_BSD.dtype), state_BSD)

@@ -6,12 +6,15 @@ Dimension key
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brt_dist.model.carry import Carry
 from brt_dist.model.config import ModelConfig
+from brt_dist.model.feedback import run_with_feedback
 from brt_dist.model.initialization import initialize
 from brt_dist.model.loss import linear_cross_entropy
 from brt_dist.model.recurrent_layer import RecurrentLayer
@@ -35,7 +38,9 @@ class BlockRecurrentTransformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(
-            RecurrentLayer(config) if index in config.recurrent_layers else TransformerLayer(config)
+            RecurrentLayer(config)
+            if index in config.recurrent_layers
+            else TransformerLayer(config, reads_state=config.feedback)
             for index in range(config.num_layers)
         )
         self.final_norm = nn.RMSNorm(config.dim, eps=EPSILON)
@@ -82,9 +87,15 @@ class BlockRecurrentTransformer(nn.Module):
             carry = Carry.fresh(self.config, lanes, weight.device, weight.dtype)
             starts_BC = starts_BC.clone()
             starts_BC[:, 0] = True
-        x_BLD = self.embedding(tokens_BL)
-        carries = []
-        for layer, layer_carry in zip(self.layers, carry.layers, strict=True):
-            x_BLD, layer_carry = layer(x_BLD, layer_carry, starts_BC)
-            carries.append(layer_carry)
-        return self.dropout(self.final_norm(x_BLD)), Carry(tuple(carries)).detach()
+        run = run_with_feedback if self.config.feedback else run_layers
+        x_BLD, carry = run(list(self.layers), self.embedding(tokens_BL), carry, starts_BC)
+        return self.dropout(self.final_norm(x_BLD)), carry.detach()
+
+
+def run_layers(layers: Sequence[nn.Module], x_BLD: Tensor, carry: Carry, starts_BC: Tensor) -> tuple[Tensor, Carry]:
+    """One layer after the other, each over the whole segment: its output, and the carry, not detached."""
+    carries = []
+    for layer, layer_carry in zip(layers, carry.layers, strict=True):
+        x_BLD, layer_carry = layer(x_BLD, layer_carry, starts_BC)
+        carries.append(layer_carry)
+    return x_BLD, Carry(tuple(carries))

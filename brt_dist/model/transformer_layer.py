@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from brt_dist.model.carry import LayerCarry
 from brt_dist.model.config import ModelConfig
 from brt_dist.model.positions import RelativeBias, rotate
+from brt_dist.model.stacked_linear import StackedLinear
 from brt_dist.model.window_attention import attend_all, pair_blocks, rung_here, window_attention
 
 EPSILON = 1e-6
@@ -76,7 +77,7 @@ class TransformerLayer(nn.Module):
         self.head_dim, self.window, self.position = config.head_dim, config.window, config.position
         self.reads_state = reads_state
         self.attention_norm = nn.RMSNorm(config.dim, eps=EPSILON)
-        self.projection = nn.Linear(config.dim, (4 if reads_state else 3) * inner, bias=False)
+        self.projection = StackedLinear(config.dim, inner, parts=4 if reads_state else 3)
         self.scale_H = nn.Parameter(torch.ones(config.num_heads))
         if reads_state:
             self.state_scale_H = nn.Parameter(torch.ones(config.num_heads))
@@ -95,8 +96,8 @@ class TransformerLayer(nn.Module):
     def view(self, x_BLD: Tensor) -> TokenViews:
         """Queries, keys and values of the tokens; queries and keys have unit length."""
         h_BLD = self.dropout(self.attention_norm(x_BLD))
-        parts = self.projection(h_BLD).chunk(4 if self.reads_state else 3, dim=-1)
-        queries, keys, values, *state_queries = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        parts = (part.unflatten(-1, (-1, self.head_dim)) for part in self.projection(h_BLD))
+        queries, keys, values, *state_queries = parts
         return TokenViews(unit(queries), unit(keys), values, unit(state_queries[0]) if self.reads_state else None)
 
     def attend(self, views: TokenViews, carry: LayerCarry, starts_BC: Tensor) -> Tensor:
