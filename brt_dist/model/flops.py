@@ -14,9 +14,24 @@ def forward_flops_per_token(config: ModelConfig, segment: int) -> float:
     inner = config.num_heads * config.head_dim
     ordinary = 2 * (3 * config.dim * inner + inner * config.dim + 2 * config.dim * config.mlp_dim)
     ordinary += 4 * config.window * inner
-    token_side = 2 * 2 * config.dim * inner + 4 * config.num_states * inner
-    per_state = 2 * (4 * config.dim * inner + 2 * inner * config.dim)
-    per_state += 4 * (config.num_states + min(2 * config.window, config.window + segment)) * inner
-    recurrent = token_side + per_state * config.num_states / config.window
+    reading = 2 * 2 * config.dim * inner + 4 * config.num_states * inner
+    readers = config.num_layers if config.feedback else len(config.recurrent_layers)
+    states_per_token = config.num_states / config.window
+    recurrent = _flops_per_state(config, segment) * states_per_token
     head = 2 * config.dim * config.vocab_size
-    return config.num_layers * ordinary + len(config.recurrent_layers) * recurrent + head
+    return config.num_layers * ordinary + readers * reading + len(config.recurrent_layers) * recurrent + head
+
+
+def _flops_per_state(config: ModelConfig, segment: int) -> float:
+    """To advance one state vector by a block."""
+    inner = config.num_heads * config.head_dim
+    seen = config.num_states + min(2 * config.window, config.window + segment)
+    attention = 2 * 4 * config.dim * inner + 4 * seen * inner
+    # A fixed gate's inputs go through its candidate's matrix alone, an LSTM gate's through those of two gates as well.
+    matrices = 1 if config.gate == "fixed" else 3
+    gate, mlp_gate = 2 * matrices * 2 * inner * config.dim, 2 * matrices * config.mlp_dim * config.dim
+    return attention + {
+        "skip": gate,
+        "dual": gate + 2 * config.dim * config.mlp_dim + mlp_gate,
+        "single": 2 * 2 * inner * config.mlp_dim + mlp_gate,
+    }[config.cell]

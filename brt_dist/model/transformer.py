@@ -16,6 +16,7 @@ from brt_dist.model.carry import Carry
 from brt_dist.model.config import ModelConfig
 from brt_dist.model.feedback import run_with_feedback
 from brt_dist.model.initialization import initialize
+from brt_dist.model.inputs import check_carry, check_starts, check_targets, check_tokens
 from brt_dist.model.loss import linear_cross_entropy
 from brt_dist.model.recurrent_layer import RecurrentLayer
 from brt_dist.model.transformer_layer import EPSILON, SharedDropout, TransformerLayer
@@ -61,6 +62,7 @@ class BlockRecurrentTransformer(nn.Module):
 
         targets_BL: -100 where nothing is predicted. The full logits never exist (see `loss.py`).
         """
+        check_targets(targets_BL, tokens_BL, self.config.vocab_size)
         hidden_BLD, carry = self.hidden(tokens_BL, carry, starts_BC)
         nats, nats_T = linear_cross_entropy(
             hidden_BLD.flatten(0, 1), self.embedding.weight, targets_BL.flatten(), self.config.logit_divisor
@@ -76,20 +78,34 @@ class BlockRecurrentTransformer(nn.Module):
         return nats_BL, carry
 
     def hidden(self, tokens_BL: Tensor, carry: Carry | None, starts_BC: Tensor | None) -> tuple[Tensor, Carry]:
-        """hidden_BLD behind the last norm, and the detached carry."""
+        """hidden_BLD behind the last norm, and the detached carry. ValueError, of one line, where inputs don't fit."""
+        check_tokens(tokens_BL, self.config.vocab_size)
         lanes, length = tokens_BL.shape
-        if length % self.config.window:
-            raise ValueError(f"a segment of {length} tokens is not a multiple of the window, {self.config.window}")
+        if length == 0 or length % self.config.window:
+            raise ValueError(
+                f"a segment of {length} tokens is not a positive multiple of the window, {self.config.window}"
+            )
+        blocks = length // self.config.window
         if starts_BC is None:
-            starts_BC = tokens_BL.new_zeros(lanes, length // self.config.window, dtype=torch.bool)
+            starts_BC = torch.zeros(lanes, blocks, dtype=torch.bool, device=tokens_BL.device)
+        check_starts(starts_BC, lanes, blocks)
+        device, dtype = self.embedding.weight.device, self._cache_dtype()
         if carry is None:
-            weight = self.embedding.weight
-            carry = Carry.fresh(self.config, lanes, weight.device, weight.dtype)
+            carry = Carry.fresh(self.config, lanes, device, dtype)
             starts_BC = starts_BC.clone()
             starts_BC[:, 0] = True
+        check_carry(carry, self.config, lanes, device, dtype)
         run = run_with_feedback if self.config.feedback else run_layers
         x_BLD, carry = run(list(self.layers), self.embedding(tokens_BL), carry, starts_BC)
         return self.dropout(self.final_norm(x_BLD)), carry.detach()
+
+    def _cache_dtype(self) -> torch.dtype:
+        """Of keys and values: that of the weights, but for torch's autocast, which computes them in its own."""
+        weight = self.embedding.weight
+        kind = weight.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return weight.dtype
 
 
 def run_layers(layers: Sequence[nn.Module], x_BLD: Tensor, carry: Carry, starts_BC: Tensor) -> tuple[Tensor, Carry]:

@@ -48,7 +48,10 @@ def test_states_cost_in_proportion_to_their_number_per_block_of_tokens(num_state
     assert mega_flops(**doubled) - mega_flops(**small) == pytest.approx(expected)
 
 
-def test_without_attention_torch_counts_the_same_products() -> None:
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("cell", ["skip", "dual", "single"])
+@pytest.mark.parametrize("gate", ["fixed", "lstm"])
+def test_without_attention_torch_counts_the_same_products(gate: str, cell: str, feedback: bool) -> None:
     config = ModelConfig(
         vocab_size=50,
         dim=24,
@@ -59,6 +62,9 @@ def test_without_attention_torch_counts_the_same_products() -> None:
         window=8,
         num_states=4,
         recurrent_layers=(1,),
+        gate=gate,  # type: ignore[arg-type]
+        cell=cell,  # type: ignore[arg-type]
+        feedback=feedback,
     )
     tokens = 4 * config.window
     with torch.device("meta"):
@@ -68,7 +74,8 @@ def test_without_attention_torch_counts_the_same_products() -> None:
     counted = counter.get_flop_counts()["Global"]
     products = sum(count for operator, count in counted.items() if str(operator) in ("aten.mm", "aten.addmm"))
     inner = config.num_heads * config.head_dim
-    seen_by_tokens = 4 * inner * (config.num_layers * config.window + config.num_states)
+    readers = config.num_layers if feedback else 1
+    seen_by_tokens = 4 * inner * (config.num_layers * config.window + readers * config.num_states)
     seen_by_states = 4 * inner * (config.num_states + 2 * config.window) * config.num_states / config.window
     attention = seen_by_tokens + seen_by_states
     assert products / tokens == forward_flops_per_token(config, tokens) - attention
