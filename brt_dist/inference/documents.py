@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from brt_dist.data.errors import BadInput
-from brt_dist.data.lanes import plan_lanes
+from brt_dist.data.lanes import Align, plan_lanes
 from brt_dist.data.loader import Batch, Loader, TokenSource
 
 Progress = Callable[[int, int], None]
@@ -31,6 +31,9 @@ class LanguageModel(Protocol):
         self, tokens_BL: Tensor, targets_BL: Tensor, carry: Any = None, starts_BC: Tensor | None = None
     ) -> tuple[Tensor, Any]:
         """nats_BL of every target (0 where it is -100), and the carry."""
+
+    def forget_state(self, carry: Any) -> Any:
+        """The carry with its states as at the start of a document, its caches as they are."""
 
     def train(self, mode: bool = True) -> Any:
         """Switches dropout on or off."""
@@ -59,6 +62,7 @@ def score_documents(
     lanes: int,
     segment: int,
     clear_every: int | None = None,
+    forget_state: bool = False,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     limit_tokens: int | None = None,
@@ -66,9 +70,13 @@ def score_documents(
     """Nats of every predicted position of every document: float32, n + 1 for a document of n tokens.
 
     Documents keep their order, and their values depend neither on `lanes` and `segment` nor on each other, but for
-    rounding. clear_every: the carry is cleared in front of every position that is a multiple of it. limit_tokens:
-    only so many positions of each document, from its first on. progress: called with the positions scored so far
-    and their total. The model's training mode is as before when this returns, and so is every carry held elsewhere.
+    rounding. The model's training mode is as before when this returns, and so is every carry held elsewhere.
+
+    clear_every     the carry is cleared in front of every position that is a multiple of it
+    forget_state    the states alone are put back in front of every position that is a multiple of `segment`
+    progress        called with the positions scored so far and their total
+    limit_tokens    only so many positions of each document, from its first on
+
     Raises BadInput where sizes do not fit.
     """
     window = model.config.window
@@ -77,13 +85,17 @@ def score_documents(
         raise BadInput(f"{limit_tokens} tokens of each document are to be scored; at least 1 is needed")
     shown = documents.lengths if limit_tokens is None else np.minimum(documents.lengths, limit_tokens - 1)
     lanes = min(lanes, max(len(shown), 1))
-    plan = plan_lanes(shown, lanes, segment, window, epochs=1, order="longest")
+    # A state can be exchanged in front of a segment only, so documents must begin there too.
+    align: Align = "segment" if forget_state else "block"
+    plan = plan_lanes(shown, lanes, segment, window, epochs=1, order="longest", align=align)
     nats = [np.empty(length + 1, dtype=np.float32) for length in shown.tolist()]
     done, total, carry = 0, int(shown.sum()) + len(shown), None
     # Not inference_mode: a mask or table that the model made there and kept could not be used in training afterwards.
     with torch.no_grad(), _without_dropout(model), Loader(documents, plan, eos, range(lanes)) as batches:
         for batch in batches:
             starts_BC = batch.starts_BC if clear_every is None else batch.starts_BC | _clearings(batch, clear_every)
+            if forget_state and carry is not None:
+                carry = model.forget_state(carry)
             tensors = (batch.tokens_BL.to(device), batch.targets_BL.to(device), carry, starts_BC.to(device))
             nats_BL, carry = model.token_losses(*tensors)
             _keep(nats, nats_BL.float().cpu().numpy(), batch)

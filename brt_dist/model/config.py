@@ -65,7 +65,9 @@ class ModelConfig:
         if len(set(self.recurrent_layers)) < len(self.recurrent_layers):
             raise ValueError(f"model.recurrent_layers {list(self.recurrent_layers)} names a layer twice")
         if self.feedback and not self.recurrent_layers:
-            raise ValueError("model.feedback is true, but model.recurrent_layers is empty: no layer has a state to read")
+            raise ValueError(
+                "model.feedback is true, but model.recurrent_layers is empty: no layer has a state to read"
+            )
 
     @property
     def logit_divisor(self) -> float:

@@ -14,18 +14,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from brt_dist.model.carry import Carry
 from brt_dist.model.recurrent_layer import RecurrentLayer
 from brt_dist.model.transformer_layer import TransformerLayer
 from brt_dist.model.window_attention import pair_blocks
 
-Layer = TransformerLayer | RecurrentLayer
-
 
 def run_with_feedback(
-    layers: Sequence[Layer], x_BLD: Tensor, carry: Carry, starts_BC: Tensor
+    layers: Sequence[nn.Module], x_BLD: Tensor, carry: Carry, starts_BC: Tensor
 ) -> tuple[Tensor, Carry]:
     """The whole stack over a segment: its output, and the carry, not detached.
 
@@ -39,17 +37,15 @@ def run_with_feedback(
     return torch.cat(outputs, dim=1), carry
 
 
-def _run_block(layers: Sequence[Layer], x_BWD: Tensor, carry: Carry, starts_B: Tensor) -> tuple[Tensor, Carry]:
-    states = {
-        index: layer.open(carry.layers[index].state_BSD, starts_B)
-        for index, layer in enumerate(layers)
-        if isinstance(layer, RecurrentLayer)
-    }
-    views = {index: layers[index].cell.view(state_BSD) for index, state_BSD in states.items()}
+def _run_block(layers: Sequence[nn.Module], x_BWD: Tensor, carry: Carry, starts_B: Tensor) -> tuple[Tensor, Carry]:
+    recurrent = {index: layer for index, layer in enumerate(layers) if isinstance(layer, RecurrentLayer)}
+    states = {index: layer.open(carry.layers[index].state_BSD, starts_B) for index, layer in recurrent.items()}
+    views = {index: layer.cell.view(states[index]) for index, layer in recurrent.items()}
     fed_back = views[max(views)]
     carries = []
     for index, (layer, layer_carry) in enumerate(zip(layers, carry.layers, strict=True)):
         tokens = layer.tokens if isinstance(layer, RecurrentLayer) else layer
+        assert isinstance(tokens, TransformerLayer)
         token_views = tokens.view(x_BWD)
         heads = tokens.attend(token_views, layer_carry, starts_B[:, None])
         read = views.get(index, fed_back)

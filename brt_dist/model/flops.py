@@ -30,8 +30,11 @@ def _flops_per_state(config: ModelConfig, segment: int) -> float:
     # A fixed gate's inputs go through its candidate's matrix alone, an LSTM gate's through those of two gates as well.
     matrices = 1 if config.gate == "fixed" else 3
     gate, mlp_gate = 2 * matrices * 2 * inner * config.dim, 2 * matrices * config.mlp_dim * config.dim
-    return attention + {
-        "skip": gate,
-        "dual": gate + 2 * config.dim * config.mlp_dim + mlp_gate,
-        "single": 2 * 2 * inner * config.mlp_dim + mlp_gate,
-    }[config.cell]
+    return (
+        attention
+        + {
+            "skip": gate,
+            "dual": gate + 2 * config.dim * config.mlp_dim + mlp_gate,
+            "single": 2 * 2 * inner * config.mlp_dim + mlp_gate,
+        }[config.cell]
+    )

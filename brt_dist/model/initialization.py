@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 
-
 @dataclass(frozen=True)
 class Normal:
     """A normal distribution; std None: sqrt(variance / inputs). Truncated at two standard deviations of the normal

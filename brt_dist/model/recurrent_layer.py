@@ -12,7 +12,7 @@ Dimension key
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -63,9 +63,7 @@ class RecurrentCell(nn.Module):
         The state sees all 2W tokens of this block and the previous one, without mask, order or bias (reference).
         """
         own_BSHK = attend_all(views.self_queries_BSHK, views.keys_BSHK, views.values_BSHK, self.scale_H.abs())
-        tokens_BSHK = attend_all(
-            views.token_queries_BSHK, token_keys_BXHK, token_values_BXHK, self.token_scale_H.abs()
-        )
+        tokens_BSHK = attend_all(views.token_queries_BSHK, token_keys_BXHK, token_values_BXHK, self.token_scale_H.abs())
         return self.update(state_BSD, torch.cat([own_BSHK.flatten(-2), tokens_BSHK.flatten(-2)], dim=-1))
 
 
@@ -109,3 +107,9 @@ class RecurrentLayer(nn.Module):
         assert state_BSD is not None, "the carry of a recurrent layer has a state"
         # `where`, even if nothing starts here: ZeRO pairs gradients by the parameters that took part.
         return torch.where(starts_B[:, None, None], self.initial_state_SD.to(state_BSD.dtype), state_BSD)
+
+    def forget(self, carry: LayerCarry) -> LayerCarry:
+        """The carry with the state of the start of a document; the cache stays."""
+        assert carry.state_BSD is not None
+        initial_BSD = self.initial_state_SD.to(carry.state_BSD.dtype).expand_as(carry.state_BSD)
+        return replace(carry, state_BSD=initial_BSD)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class StackedLinear(nn.Linear):
+class StackedLinear(nn.Module):
     """`parts` matrices of equal size, row under row, without biases.
 
     The parts are parameters of their own in the paper and the reference. What looks at whole matrices (Adafactor's and
@@ -14,8 +15,9 @@ class StackedLinear(nn.Linear):
     """
 
     def __init__(self, inputs: int, outputs: int, parts: int):
-        super().__init__(inputs, parts * outputs, bias=False)
+        super().__init__()
         self.parts = parts
+        self.weight = nn.Parameter(torch.zeros(parts * outputs, inputs))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The parts' products, each [..., outputs]."""

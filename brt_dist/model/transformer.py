@@ -77,6 +77,14 @@ class BlockRecurrentTransformer(nn.Module):
         _, nats_BL, carry = self.loss(tokens_BL, targets_BL, carry, starts_BC)
         return nats_BL, carry
 
+    def forget_state(self, carry: Carry) -> Carry:
+        """`carry` with every state as at the start of a document; the caches stay."""
+        layers = list(carry.layers)
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, RecurrentLayer):
+                layers[index] = layer.forget(layers[index])
+        return Carry(tuple(layers)).detach()
+
     def hidden(self, tokens_BL: Tensor, carry: Carry | None, starts_BC: Tensor | None) -> tuple[Tensor, Carry]:
         """hidden_BLD behind the last norm, and the detached carry. ValueError, of one line, where inputs don't fit."""
         check_tokens(tokens_BL, self.config.vocab_size)

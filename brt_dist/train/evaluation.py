@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,13 +26,18 @@ def evaluate_during_training(
     """Nats per predicted token over the first `limit_tokens` tokens of the first `count` documents.
 
     `carried`: the carry goes through the whole document. `cleared`: it is cleared in front of every segment. `gap`:
-    what clearing costs. The documents are divided over the data ranks; the training carry is not touched, because
-    carries are values and this makes its own.
+    what clearing costs. Of a model with recurrent layers also `state_cleared` and `state_gap`: the states alone are put
+    back, the caches stay, so that the gap is what the model owes to its states and not to its caches. The documents
+    are divided over the data ranks; the training carry is not touched, because carries are values and this makes its
+    own.
     """
     mine = range(processes.data_rank, min(count, len(documents)), processes.data_ranks)
     chosen = ChosenDocuments(documents, np.asarray(mine, dtype=np.int64))
-    sums = []
-    for clear_every in (None, segment):
+    ways: dict[str, dict[str, Any]] = {"carried": {}, "cleared": {"clear_every": segment}}
+    if model.config.recurrent_layers:
+        ways["state_cleared"] = {"forget_state": True}
+    sums = [0.0]
+    for way in ways.values():
         nats = (
             score_documents(
                 model,
@@ -41,23 +45,20 @@ def evaluate_during_training(
                 eos,
                 lanes=max(1, lanes),
                 segment=segment,
-                clear_every=clear_every,
                 device=processes.device,
                 limit_tokens=limit_tokens,
+                **way,
             )
             if mine
             else []
         )
-        sums += [_total(nats), float(sum(len(each) for each in nats))]
-    carried, tokens, cleared, _ = processes.sum(*sums)
-    return {
-        "documents": min(count, len(documents)),
-        "tokens": int(tokens),
-        "carried": carried / tokens,
-        "cleared": cleared / tokens,
-        "gap": (cleared - carried) / tokens,
+        sums[0] = float(sum(len(each) for each in nats))
+        sums.append(float(sum(each.sum(dtype=np.float64) for each in nats)))
+    tokens, *totals = processes.sum(*sums)
+    figures = {name: total / tokens for name, total in zip(ways, totals, strict=True)}
+    gaps = {
+        name.replace("cleared", "gap"): value - figures["carried"]
+        for name, value in figures.items()
+        if name != "carried"
     }
-
-
-def _total(nats: Sequence[np.ndarray]) -> float:
-    return float(sum(each.sum(dtype=np.float64) for each in nats))
+    return {"documents": min(count, len(documents)), "tokens": int(tokens), **figures, **gaps}

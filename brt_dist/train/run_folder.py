@@ -26,7 +26,7 @@ OWN_SECTIONS = ("model", "data", "optimizer", "train")
 FREE_KEYS = (
     *("data.shards", "data.verify"),  # the checkpoint knows the tokens themselves by their hash
     *(f"train.{key}" for key in ("steps", "save_every", "profile_steps")),
-    *(f"train.{key}" for key in ("evaluate_every", "evaluate_documents", "evaluate_tokens")),
+    *(f"train.{key}" for key in ("evaluate_every", "evaluate_documents", "evaluate_tokens", "health_every")),
 )
 
 Config = Mapping[str, Mapping[str, Any]]

@@ -31,8 +31,9 @@ from brt_dist.train.config import OptimizerConfig, RunFolderConfig, TrainConfig
 from brt_dist.train.engine import Engine, StepResult
 from brt_dist.train.evaluation import evaluate_during_training
 from brt_dist.train.metrics import Reporter, peak_flops
-from brt_dist.train.optimizer import learning_rate
+from brt_dist.train.optimizer import check_available, learning_rate
 from brt_dist.train.run_folder import VERIFIED, check_run_folder, read_stream, write_config
+from brt_dist.train.state_health import Alarms, StateHealth
 
 
 def train(
@@ -82,6 +83,7 @@ class Trainer:
     ):
         self.config, self.folder, self.processes = config, folder, processes
         self.data, self.optimizer = data, optimizer
+        processes.on_leader(lambda: check_available(optimizer))
         processes.on_leader(lambda: _check_stream(data, model, folder, start))
         self.shards = TokenShards.open(data.shards, "none")
         self.documents = self.shards.split("train")
@@ -94,6 +96,7 @@ class Trainer:
         self.engine = Engine(module, parallel, optimizer, config.clip_norm, processes, data.lanes)
         if start is not None:
             self._restore(start)
+        self.health, self.alarms = StateHealth(module), Alarms()
         self.flops_per_token = 3 * forward_flops_per_token(model, data.segment)
         self.peak_flops = peak_flops(processes.device, getattr(torch, model.dtype))
 
@@ -110,13 +113,23 @@ class Trainer:
             ]
             profiler = stack.enter_context(_profiled(self.folder, self.config.profile_steps, self.processes))
             while self.step < self.config.steps:
-                report.step(self._take_step(loaders))
+                figures = self._take_step(loaders)
+                report.step(figures)
+                self._warn(report, figures)
                 if profiler is not None:
                     profiler.step()
                 if _due(self.step, self.config.evaluate_every) and len(self.validation):
-                    report.evaluation({"step": self.step, **self._evaluate()})
+                    figures = {"step": self.step, **self._evaluate()}
+                    report.evaluation(figures)
+                    # While the learning rate still rises, nothing is expected to have been remembered.
+                    if self.step > self.optimizer.warmup_steps:
+                        self._warn(report, figures)
                 if _due(self.step, self.config.save_every) or self.step == self.config.steps:
                     self._save()
+
+    def _warn(self, report: Reporter, figures: Mapping[str, Any]) -> None:
+        for line in self.alarms.new(figures):
+            report.say(f"warning at step {self.step}: {line}")
 
     def _take_step(self, loaders: list[Loader]) -> dict[str, Any]:
         began = time.perf_counter()
@@ -125,7 +138,8 @@ class Trainer:
         self.step += 1
         lr = learning_rate(self.step, self.config.steps, self.optimizer)
         seed = self.config.seed * 1_000_003 + self.step
-        result, self.carries = self.engine.step(batches, self.carries, lr, seed)
+        with self.health.listening(_due(self.step, self.config.health_every)) as heard:
+            result, self.carries = self.engine.step(batches, self.carries, lr, seed)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm) and result.grad_norm >= 0):
             self.processes.on_leader(lambda: self._stop_diverged(result))
         ended = time.perf_counter()
@@ -142,6 +156,7 @@ class Trainer:
             "data_seconds": loaded - began,
             "tokens_per_second": rate,
         }
+        figures.update(heard.means(self.processes))
         if self.peak_flops is not None:
             figures["mfu"] = rate * self.flops_per_token / (self.peak_flops * self.processes.data_ranks)
         return figures
@@ -181,6 +196,9 @@ class Trainer:
             f"{self.data.lanes} lanes x {self.data.segment} tokens a step, {len(self.documents)} documents, "
             f"attention by rung {self._rung()!r}"
         )
+        if ignored := self.optimizer.ignored():
+            keys = ", ".join(f"optimizer.{name}" for name in ignored)
+            report.say(f"optimizer {self.optimizer.name} with schedule {self.optimizer.schedule} does not use {keys}")
         if self.step:
             report.say(f"going on behind step {self.step}")
         if self.config.evaluate_every and not len(self.validation):
@@ -217,7 +235,7 @@ class Trainer:
     def _restore(self, start: Path) -> None:
         facts = checkpoints.read_facts(start)
         self.step, self.tokens = facts["step"], facts["tokens"]
-        self.engine.restore(checkpoints.load_parameters(start), checkpoints.load_optimizer(start), self.step)
+        self.engine.restore(checkpoints.load_parameters(start), checkpoints.load_optimizer(start), self.step, start)
         carries = [Carry.from_tensors(checkpoints.load_carry(start, lanes)) for lanes in self.lanes]
         self.carries = [carry.map(lambda tensor: tensor.to(self.processes.device)) for carry in carries]
 
