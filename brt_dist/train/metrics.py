@@ -98,9 +98,10 @@ class Reporter:
         """Log one evaluation on validation documents."""
         if self.active:
             self._write(self._evaluations, "validation", figures)
+            states = f", {figures['state_cleared']:.4f} with the states put back" if "state_cleared" in figures else ""
             self.say(
                 f"step {figures['step']}: validation {figures['carried']:.4f} nats per token, "
-                f"{figures['cleared']:.4f} with the carry cleared at every segment"
+                f"{figures['cleared']:.4f} with the carry cleared at every segment{states}"
             )
 
     def say(self, line: str) -> None:

@@ -50,6 +50,9 @@ class Remembering:
             nats_BL[:, column] = sum_B + targets_BL[:, column] / 1000
         return torch.where(targets_BL == IGNORED_TARGET, 0.0, nats_BL), sum_B
 
+    def forget_state(self, carry: Any) -> Any:
+        return carry - 1000
+
 
 class Texts:
     """Documents with tokens from 2 to 9."""
@@ -181,6 +184,41 @@ def test_a_real_model_scores_alike_until_its_carry_is_first_cleared_and_otherwis
     cleared = score_documents(model, texts, EOS, lanes=1, segment=8, clear_every=16)[0]
     np.testing.assert_allclose(cleared[:16], carried[:16], atol=2e-5)
     assert np.abs(cleared[16:32] - carried[16:32]).max() > 1e-3
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_forgetting_acts_at_every_multiple_of_the_segment_in_every_document(lanes: int) -> None:
+    texts = Texts([30, 5, 17, 0, 8, 16])
+    nats = score_documents(Remembering(), texts, EOS, lanes=lanes, segment=8, forget_state=True)
+    for found, text in zip(nats, texts.texts, strict=True):
+        expected = by_hand(text) - 1000 * (np.arange(len(text) + 1) // 8)
+        np.testing.assert_allclose(found, expected, atol=1e-2)
+
+
+def test_a_model_that_forgets_its_state_keeps_its_cache() -> None:
+    texts = Texts([40])
+    for model, same in ((real_model(recurrent_layers=()), True), (real_model(), False)):
+        carried = score_documents(model, texts, EOS, lanes=1, segment=8)[0]
+        forgotten = score_documents(model, texts, EOS, lanes=1, segment=8, forget_state=True)[0]
+        cleared = score_documents(model, texts, EOS, lanes=1, segment=8, clear_every=8)[0]
+        np.testing.assert_array_equal(forgotten[:8], carried[:8])
+        assert np.array_equal(forgotten, carried) is same
+        assert not np.array_equal(forgotten, cleared)
+
+
+def test_a_forgotten_state_is_the_learned_one_in_every_lane_and_the_carry_is_not_written_to() -> None:
+    model = real_model()
+    _, carry = model(torch.full((3, 8), 2))
+    before = carry.detach()
+    forgotten = model.forget_state(carry)
+    for index, layer in enumerate(forgotten.layers):
+        assert torch.equal(layer.keys_BWHK, before.layers[index].keys_BWHK)
+        assert torch.equal(layer.values_BWHK, before.layers[index].values_BWHK)
+    state_BSD = forgotten.layers[1].state_BSD
+    assert state_BSD is not None
+    assert torch.equal(state_BSD, model.layers[1].initial_state_SD.expand_as(state_BSD))
+    assert not state_BSD.requires_grad
+    assert torch.equal(carry.layers[1].state_BSD, before.layers[1].state_BSD)
 
 
 def test_a_real_model_that_was_scored_can_still_be_trained() -> None:
