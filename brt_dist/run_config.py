@@ -59,6 +59,12 @@ class RunConfig:
             raise ConfigError(f"data.segment and model.window: {error}") from error
         if self.model.dtype == "float16":
             raise ConfigError("model.dtype is float16; this version trains in float32 and bfloat16")
+        if self.optimizer.whole_matrices and self.parallel.zero_stage != 0:
+            raise ConfigError(
+                f"optimizer.name is {self.optimizer.name}, which looks at whole matrices, and parallel.zero_stage "
+                f"{self.parallel.zero_stage} flattens and cuts them; set parallel.zero_stage=0 (and no pipeline), or "
+                "optimizer.name=adamw"
+            )
         if self.data.lanes % self.parallel.micro_batches:
             raise ConfigError(
                 f"data.lanes is {self.data.lanes}, which parallel.micro_batches {self.parallel.micro_batches} "

@@ -137,7 +137,7 @@ def load_parameters(folder: Path) -> dict[str, Tensor]:
 
 
 def load_optimizer(folder: Path) -> dict[str, Tensor]:
-    """AdamW's moments by `<parameter>/<moment>`, float32."""
+    """The optimizer's moments by `<parameter>/<moment>`, float32."""
     return _load(folder / OPTIMIZER)
 
 

@@ -11,7 +11,7 @@ class ParallelConfig:
     """The layout of a run; the data-parallel size is what remains of the world size.
 
     tensor, pipeline   processes that share one layer, and one stack of layers (only 1 so far)
-    zero_stage         what DeepSpeed shards over data ranks: 1 the optimizer state, 2 its gradients too
+    zero_stage         what DeepSpeed shards over data ranks: 0 nothing, 1 the optimizer state, 2 its gradients too
     micro_batches      forward passes of one rank per optimizer step, each with lanes and a carry slot of its own
     micro_batch_axis   "lanes": micro-batches are groups of lanes
     """
@@ -26,11 +26,16 @@ class ParallelConfig:
         for name in ("tensor", "pipeline", "micro_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.zero_stage == 0 and self.pipeline > 1:
+            raise ValueError(
+                f"parallel.zero_stage is 0 with parallel.pipeline {self.pipeline}: the stages of a pipeline are not "
+                "clipped by a common gradient norm there; set parallel.zero_stage=1 or parallel.pipeline=1"
+            )
         for name in ("tensor", "pipeline"):
             if getattr(self, name) != 1:
                 raise ValueError(f"parallel.{name} is {getattr(self, name)}; this version runs 1 only")
-        if self.zero_stage not in (1, 2):
-            raise ValueError(f"parallel.zero_stage is {self.zero_stage}; this version runs 1 and 2")
+        if self.zero_stage not in (0, 1, 2):
+            raise ValueError(f"parallel.zero_stage is {self.zero_stage}; this version runs 0, 1 and 2")
         if self.micro_batch_axis != "lanes":
             raise ValueError("parallel.micro_batch_axis is 'segments'; this version runs 'lanes' only")
 

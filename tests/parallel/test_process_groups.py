@@ -89,7 +89,7 @@ def test_processes_of_one_mpiexec_choose_the_same_port_without_being_told(monkey
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("tensor", 2), ("pipeline", 2), ("zero_stage", 3), ("zero_stage", 0), ("micro_batches", 0)]
+    ("key", "value"), [("tensor", 2), ("pipeline", 2), ("zero_stage", 3), ("zero_stage", -1), ("micro_batches", 0)]
 )
 def test_a_layout_that_cannot_run_is_refused_by_name(key: str, value: int):
     with pytest.raises(ValueError, match=rf"parallel\.{key} is {value}"):

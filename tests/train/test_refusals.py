@@ -57,6 +57,32 @@ def test_lanes_that_cannot_be_shared_are_refused_with_both_numbers(runs: Runs, r
     assert not (runs.folder / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+@pytest.mark.parametrize("layout", [(), ("parallel.zero_stage=1",), ("parallel.zero_stage=2",)])
+def test_an_optimizer_of_whole_matrices_is_refused_where_zero_cuts_them(
+    name: str, layout: tuple[str, ...], runs: Runs, refused: Refused
+):
+    line = refused(runs.command("run", f"optimizer.name={name}", *layout))
+    stage = layout[0][-1] if layout else "1"
+    assert f"optimizer.name is {name}, which looks at whole matrices" in line
+    assert f"parallel.zero_stage {stage} flattens and cuts them" in line
+    assert "set parallel.zero_stage=0 (and no pipeline)" in line
+    assert not (runs.folder / "run").exists()
+
+
+def test_zero_0_is_refused_in_a_pipeline_with_the_reason(runs: Runs, refused: Refused):
+    line = refused(runs.command("run", "parallel.zero_stage=0", "parallel.pipeline=2"))
+    assert "parallel.zero_stage is 0 with parallel.pipeline 2" in line
+    assert "common gradient norm" in line
+
+
+def test_a_run_does_not_go_on_with_another_optimizer(alone: Runs, refused: Refused):
+    before = everything(alone.folder / "zero_0")
+    line = refused(alone.command("zero_0", "parallel.zero_stage=0", "optimizer.name=adafactor"))
+    assert "optimizer.name is adamw there and adafactor here" in line
+    assert everything(alone.folder / "zero_0") == before
+
+
 def altered(shards: Path, copy: Path) -> Path:
     """A copy of the shards in which one byte of the last one differs."""
     shutil.copytree(shards, copy)

@@ -41,7 +41,7 @@ class IdleEngine:
     def optimizer_state(self) -> dict[str, Tensor]:
         return {}
 
-    def restore(self, parameters: dict[str, Tensor], optimizer_state: dict[str, Tensor], steps: int) -> None:
+    def restore(self, parameters: dict[str, Tensor], *_: Any) -> None:
         self.model.load_state_dict(parameters)
 
 
