@@ -63,8 +63,11 @@ class Engine:
             self._engine = _initialize(module, self._tensors, config, processes.local_rank)
         else:
             named = dict(model.named_parameters())
+            exact = {name: parameter.detach() for name, parameter in named.items()}
             self._engine = _initialize(_Loss(model), build_adamw(named, optimizer), config, processes.local_rank)
             self._tensors = _ShardedTensors(self._engine, named)
+            # DeepSpeed rounds the weights first and takes its float32 ones from those.
+            self._tensors.set_parameters(exact)
 
     @property
     def model(self) -> BlockRecurrentTransformer:
@@ -166,17 +169,24 @@ class _ShardedTensors:
         """The shape of every tensor that `optimizer_state` gives."""
         return {f"{name}/{moment}": p.shape for name, p in self._named.items() for moment in MOMENTS["AdamW"]}
 
-    def restore(self, parameters: dict[str, Tensor], optimizer_state: dict[str, Tensor], steps: int) -> None:
-        """Take up what `parameters` and `optimizer_state` gave after `steps` steps. A collective call."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+    def set_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        """Give every parameter its float32 value, and round the one that computes. A collective call."""
+        from deepspeed.utils import safe_set_full_fp32_param
 
-        for state in self._adamw.state.values():
-            state["step"].fill_(steps)
         for name, parameter in self._named.items():
             value = parameters[name].to(parameter.device)
             with torch.no_grad():
                 parameter.copy_(value)
             safe_set_full_fp32_param(parameter, value)
+
+    def restore(self, parameters: dict[str, Tensor], optimizer_state: dict[str, Tensor], steps: int) -> None:
+        """Take up what `parameters` and `optimizer_state` gave after `steps` steps. A collective call."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        self.set_parameters(parameters)
+        for state in self._adamw.state.values():
+            state["step"].fill_(steps)
+        for name, parameter in self._named.items():
             for moment in MOMENTS["AdamW"]:
                 safe_set_full_optimizer_state(
                     parameter, optimizer_state[f"{name}/{moment}"].to(parameter.device), moment
@@ -186,8 +196,9 @@ class _ShardedTensors:
 def deepspeed_config(
     parallel: ParallelConfig, clip_norm: float, dtype: torch.dtype, micro_batch_lanes: int
 ) -> dict[str, Any]:
-    """DeepSpeed's JSON, derived from our sections. Gradients are summed in float32 in every precision.
+    """DeepSpeed's JSON, derived from our sections. Gradients of ranks are summed in float32 in every precision.
 
+    Those of micro-batches too, but for bfloat16 at ZeRO-1, where DeepSpeed 0.19.8 sums them in bfloat16 all the same.
     At ZeRO-0 the weights that DeepSpeed sees are float32 and `UnshardedOptimizer` clips: DeepSpeed would sum gradients
     in bfloat16 there, and tells no gradient norm.
     """

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from brt_dist.data.atomic_file import whole_file, write_json
+from brt_dist.data.config import DataConfig
 from brt_dist.data.errors import BadInput
+from brt_dist.model.config import ModelConfig
+from brt_dist.train.config import OptimizerConfig, TrainConfig
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -22,7 +26,7 @@ EVALUATIONS = "evaluations.jsonl"
 STREAM = "stream.json"
 VERIFIED = "verified_shards.json"
 
-OWN_SECTIONS = ("model", "data", "optimizer", "train")
+OWN_SECTIONS = {"model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig, "train": TrainConfig}
 FREE_KEYS = (
     *("data.shards", "data.verify"),  # the checkpoint knows the tokens themselves by their hash
     *(f"train.{key}" for key in ("steps", "save_every", "profile_steps")),
@@ -52,13 +56,27 @@ def check_run_folder(folder: Path, resolved: Config) -> None:
 
 
 def differences(there: Config, here: Config) -> list[str]:
-    """A phrase for each key that decides a run's result and has another value."""
-    flat_there, flat_here = _flat(there), _flat(here)
+    """A phrase for each key that decides a run's result and has another value.
+
+    A key that `there` lacks, because it is newer than the run, had its default.
+    """
+    flat_there, flat_here = _flat(_with_defaults(there)), _flat(here)
     return [
         f"{key} is {flat_there.get(key)} there and {flat_here.get(key)} here"
         for key in dict.fromkeys([*flat_there, *flat_here])
         if flat_there.get(key) != flat_here.get(key)
     ]
+
+
+def _with_defaults(config: Config) -> Config:
+    return {
+        section: {key.name: _plain(key.default) for key in fields(kind)} | dict(config.get(section, {}).items())
+        for section, kind in OWN_SECTIONS.items()
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _flat(config: Config) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class StateHealth:
     """Figures of every layer that writes or reads a state, as `<figure>/<layer>`.
 
     gate_openness      mean share of the candidate that a gate lets into the state (dual has a `mlp_gate_openness` too)
-    state_change       length of a block's change of the state over the length of the state
+    state_change       length of a block's change of a lane's state over the length of that state
     state_attention    what tokens take from the state: the length of the state heads' part of the attention's output
                        over that of both parts. (The weights themselves always sum to 1: the attention to the state has
                        a softmax of its own.)
@@ -116,7 +116,7 @@ class Alarms:
 def _death(name: str, value: Any) -> str | None:
     if name == "state_gap" and value < DEAD_GAP:
         return (
-            f"the state is dead: putting it back at every segment costs {value:.1e} nats per token, "
+            f"the state is dead, or not in use yet: putting it back at every segment costs {value:.1e} nats per token, "
             f"less than {DEAD_GAP:.0e}"
         )
     figure, _, layer = name.partition("/")
@@ -132,7 +132,8 @@ def _openness(gate: FixedGate | LSTMGate, inputs: tuple[Tensor, ...], output: Te
 
 def _change(cell: RecurrentCell, inputs: tuple[Any, ...], state_BSD: Tensor) -> Tensor:
     before_BSD: Tensor = inputs[0]
-    return (state_BSD - before_BSD).norm() / before_BSD.norm().clamp(min=1e-12)
+    length_B = before_BSD.flatten(1).norm(dim=1).clamp(min=1e-12)
+    return ((state_BSD - before_BSD).flatten(1).norm(dim=1) / length_B).mean()
 
 
 def _state_share(output: nn.Linear, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:

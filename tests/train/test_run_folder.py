@@ -63,6 +63,15 @@ def test_what_does_not_decide_it_may(tmp_path: Path, resolved: dict[str, dict[st
     check_run_folder(tmp_path, changed(resolved, key, "something else"))
 
 
+def test_a_key_that_is_newer_than_the_run_had_its_default(tmp_path: Path, resolved: dict[str, dict[str, Any]]):
+    older = deepcopy(resolved)
+    del older["optimizer"]["schedule"], older["optimizer"]["betas"], older["model"]["feedback"]
+    write_config(tmp_path, older, STREAM)
+    check_run_folder(tmp_path, resolved)
+    with pytest.raises(BadInput, match=r"optimizer\.schedule is cosine there and rsqrt here"):
+        check_run_folder(tmp_path, changed(resolved, "optimizer.schedule", "rsqrt"))
+
+
 @pytest.mark.parametrize("text", ["model: [", "- 1", "just words", "model: 5"])
 def test_a_configuration_that_cannot_be_read_leaves_the_folder_alone(
     tmp_path: Path, resolved: dict[str, dict[str, Any]], text: str
