@@ -27,14 +27,15 @@ def evaluate_during_training(
 
     `carried`: the carry goes through the whole document. `cleared`: it is cleared in front of every segment. `gap`:
     what clearing costs. Of a model with recurrent layers also `state_cleared` and `state_gap`: the states alone are put
-    back, the caches stay, so that the gap is what the model owes to its states and not to its caches. The documents
-    are divided over the data ranks; the training carry is not touched, because carries are values and this makes its
-    own.
+    back, the caches stay, so that the gap is what the model owes to its states and not to its caches; left out where
+    no document is longer than a segment. The documents are divided over the data ranks; the training carry is not
+    touched, because carries are values and this makes its own.
     """
     mine = range(processes.data_rank, min(count, len(documents)), processes.data_ranks)
     chosen = ChosenDocuments(documents, np.asarray(mine, dtype=np.int64))
     ways: dict[str, dict[str, Any]] = {"carried": {}, "cleared": {"clear_every": segment}}
-    if model.config.recurrent_layers:
+    longest = min(limit_tokens, int(np.asarray(documents.lengths[:count]).max(initial=0)) + 1)
+    if model.config.recurrent_layers and longest > segment:
         ways["state_cleared"] = {"forget_state": True}
     sums = [0.0]
     for way in ways.values():

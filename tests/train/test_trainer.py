@@ -102,3 +102,47 @@ def test_a_run_that_diverges_stops_with_one_line_and_keeps_no_step_of_it(
     assert "diverged: step 8 has loss nan" in capsys.readouterr().err
     assert [line["step"] for line in runs.metrics("run")] == list(range(1, 8))
     assert [path.name for path in (runs.folder / "run" / "checkpoints").iterdir()] == ["step-00000005"]
+
+
+class ReadingEngine(IdleEngine):
+    """Reads the batches, so that there is something to listen to, with tokens that take nothing from the state."""
+
+    def __init__(self, model: BlockRecurrentTransformer, *rest: Any):
+        super().__init__(model, *rest)
+        with torch.no_grad():
+            output = model.layers[1].tokens.attention_output.weight
+            output[:, output.shape[1] // 2 :] = 0
+
+    def step(self, batches: Sequence[Batch], *rest: Any) -> tuple[StepResult, list[Carry]]:
+        for batch in batches:
+            self.model(batch.tokens_BL, None, batch.starts_BC)
+        return super().step(batches, *rest)
+
+
+EVALUATED = ("train.evaluate_every=3", "train.evaluate_documents=5", "train.save_every=0")
+
+
+def test_a_run_warns_once_of_every_sign_that_its_state_is_dead(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(trainer, "Engine", ReadingEngine)
+    assert main(runs.command("run", *EVALUATED, "train.evaluate_tokens=100", "train.health_every=4")) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    # The evaluation at step 3 is still within the warm-up.
+    assert [line.split(" is dead")[0] for line in lines] == [
+        "warning at step 4: the state of layer 1",
+        "warning at step 6: the state",
+    ]
+    assert [line["step"] for line in runs.metrics("run") if "state_attention/1" in line] == [4, 8, 12]
+    assert [line["state_gap"] for line in runs.evaluations("run")] == [0.0] * 4
+
+
+def test_documents_within_one_segment_say_nothing_about_what_a_state_is_worth_beyond_it(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(trainer, "Engine", ReadingEngine)
+    assert main(runs.command("run", *EVALUATED, "train.evaluate_tokens=32", "train.health_every=0")) == 0
+    assert "warning" not in capsys.readouterr().err
+    for line in runs.evaluations("run"):
+        assert "state_gap" not in line
+        assert line["gap"] == pytest.approx(0, abs=1e-6)
