@@ -97,7 +97,7 @@ class BlockRecurrentTransformer(nn.Module):
         if starts_BC is None:
             starts_BC = torch.zeros(lanes, blocks, dtype=torch.bool, device=tokens_BL.device)
         check_starts(starts_BC, lanes, blocks)
-        device, dtype = self.embedding.weight.device, self._cache_dtype()
+        device, dtype = self.embedding.weight.device, self.cache_dtype()
         if carry is None:
             carry = Carry.fresh(self.config, lanes, device, dtype)
             starts_BC = starts_BC.clone()
@@ -107,7 +107,7 @@ class BlockRecurrentTransformer(nn.Module):
         x_BLD, carry = run(list(self.layers), self.embedding(tokens_BL), carry, starts_BC)
         return self.dropout(self.final_norm(x_BLD)), carry.detach()
 
-    def _cache_dtype(self) -> torch.dtype:
+    def cache_dtype(self) -> torch.dtype:
         """Of keys and values: that of the weights, but for torch's autocast, which computes them in its own."""
         weight = self.embedding.weight
         kind = weight.device.type
