@@ -29,7 +29,10 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 class SharedDropout(nn.Module):
-    """Dropout of whole channels: one mask for all lanes and positions of a forward pass (reference)."""
+    """Dropout of whole channels: one mask for all lanes and positions that it is called with (reference).
+
+    That is a forward pass, or one of its blocks where the stack runs block by block (feedback).
+    """
 
     def __init__(self, probability: float):
         super().__init__()

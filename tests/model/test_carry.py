@@ -2,27 +2,67 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from small_models import WINDOW, small_config, small_model, some_carry, some_tokens, starts_at
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from small_models import (
+    CELLS,
+    MODELS,
+    WINDOW,
+    small_config,
+    small_model,
+    some_carry,
+    some_tokens,
+    starts_at,
+    variant_name,
+)
 from torch import Tensor
 
-from brt_dist.model.carry import Carry
+from brt_dist.model.carry import Carry, LayerCarry
 from brt_dist.model.transformer import BlockRecurrentTransformer
 
-POSITIONS = ["t5", "rotary", "none"]
-KINDS = ["keys", "values", "state"]
+BLOCKS = 6
+EVERY_MODEL = pytest.mark.parametrize("variant", MODELS, ids=variant_name)
+# What the carry itself promises depends on how the stack runs, not on the cell.
+BOTH_WAYS = pytest.mark.parametrize("feedback", [False, True], ids=["whole", "block by block"])
+# The same examples at every run, and no limit of time for one: the machine may be busy.
+FEW = settings(max_examples=2, derandomize=True, deadline=None)
 
 
-def read_in_segments(model: BlockRecurrentTransformer, tokens_BL: Tensor, blocks: list[int]) -> tuple[Tensor, Carry]:
-    """logits_BLV of documents read in segments of so many blocks, and the last carry."""
-    carry, read = None, []
-    for segment in tokens_BL.split([WINDOW * count for count in blocks], dim=1):
-        logits, carry = model(segment, carry)
+@functools.cache
+def model_of(**variant: Any) -> BlockRecurrentTransformer:
+    """Tests that share it don't change it."""
+    return small_model(**variant)
+
+
+def documents_in_lanes(lanes: int) -> st.SearchStrategy[Tensor]:
+    """starts_BC of 6 blocks; block 0 is a start in all or some lanes."""
+    row = st.lists(st.booleans(), min_size=BLOCKS, max_size=BLOCKS)
+    return st.lists(row, min_size=lanes, max_size=lanes).map(torch.tensor)
+
+
+def cuts() -> st.SearchStrategy[list[int]]:
+    """Six blocks as segments of so many blocks each."""
+    inner = st.sets(st.integers(1, BLOCKS - 1)).map(sorted)
+    return inner.map(lambda places: [b - a for a, b in itertools.pairwise([0, *places, BLOCKS])])
+
+
+def read_in_segments(
+    model: BlockRecurrentTransformer, tokens_BL: Tensor, blocks: list[int], carry: Carry, starts_BC: Tensor
+) -> tuple[Tensor, Carry]:
+    """logits_BLV of lanes read in segments of so many blocks, and the last carry."""
+    read = []
+    segments = zip(tokens_BL.split([WINDOW * count for count in blocks], 1), starts_BC.split(blocks, 1), strict=True)
+    for segment_BL, segment_starts_BC in segments:
+        logits, carry = model(segment_BL, carry, segment_starts_BC)
         read.append(logits)
-    assert carry is not None
     return torch.cat(read, dim=1), carry
 
 
@@ -32,71 +72,108 @@ def assert_same_carry(ours: Carry, other: Carry, tolerance: float = 1e-12) -> No
         torch.testing.assert_close(tensor, other.tensors()[name], rtol=0, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("recurrent_layers", [(), (1,), (0, 2)])
-@pytest.mark.parametrize("blocks", [[1, 1, 1, 1, 1, 1], [2, 4], [5, 1], [1, 2, 3], [3, 3]])
+@EVERY_MODEL
+@FEW
+@given(cut=cuts(), starts_BC=documents_in_lanes(2))
+@example(cut=[1] * BLOCKS, starts_BC=starts_at(2, BLOCKS))
+@example(cut=[1, 5], starts_BC=starts_at(2, BLOCKS, (0, 1), (1, 3)))
+@torch.no_grad()
 def test_any_cut_into_whole_blocks_gives_the_logits_and_the_carry_of_one_pass(
-    blocks: list[int], recurrent_layers: tuple[int, ...], position: str
+    variant: dict[str, Any], cut: list[int], starts_BC: Tensor
 ) -> None:
-    model = small_model(recurrent_layers=recurrent_layers, position=position)
-    tokens_BL = some_tokens(2, 6 * WINDOW)
-    whole, last = read_in_segments(model, tokens_BL, [6])
-    pieces, last_of_pieces = read_in_segments(model, tokens_BL, blocks)
+    model = model_of(**variant)
+    tokens_BL, carry = some_tokens(2, BLOCKS * WINDOW), some_carry(model.config, 2)
+    whole, last = read_in_segments(model, tokens_BL, [BLOCKS], carry, starts_BC)
+    pieces, last_of_pieces = read_in_segments(model, tokens_BL, cut, carry, starts_BC)
     torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-12)
     assert_same_carry(last_of_pieces, last)
 
 
-@pytest.mark.parametrize("position", POSITIONS)
-def test_documents_packed_into_lanes_get_what_each_has_alone(position: str) -> None:
-    model = small_model(position=position)
-    long, short = some_tokens(1, 5 * WINDOW, seed=3), some_tokens(1, 3 * WINDOW, seed=4)
-    tokens_BL = torch.stack([torch.cat([long, short], 1)[0], torch.cat([short, long], 1)[0]])
-    starts_BC = starts_at(2, 8, (0, 5), (1, 3))
+@EVERY_MODEL
+@FEW
+@given(starts_BC=documents_in_lanes(2))
+@example(starts_BC=starts_at(2, BLOCKS, (0, 2), (0, 3), (1, 5)))
+@torch.no_grad()
+def test_documents_packed_into_lanes_get_what_each_has_alone(variant: dict[str, Any], starts_BC: Tensor) -> None:
+    model = model_of(**variant)
+    tokens_BL = some_tokens(2, BLOCKS * WINDOW, seed=3)
     packed, carry = model(tokens_BL, None, starts_BC)
-    alone = {name: model(document) for name, document in (("long", long), ("short", short))}
-    torch.testing.assert_close(packed[0], torch.cat([alone["long"][0], alone["short"][0]], 1)[0], rtol=0, atol=1e-12)
-    torch.testing.assert_close(packed[1], torch.cat([alone["short"][0], alone["long"][0]], 1)[0], rtol=0, atol=1e-12)
-    assert_same_carry(carry, Carry.concatenate([alone["short"][1], alone["long"][1]]))
+    last = []
+    for lane in range(2):
+        borders = [0, *(c for c in range(1, BLOCKS) if starts_BC[lane, c]), BLOCKS]
+        for first, end in itertools.pairwise(borders):
+            document = slice(first * WINDOW, end * WINDOW)
+            alone, left = model(tokens_BL[lane : lane + 1, document])
+            torch.testing.assert_close(packed[lane, document], alone[0], rtol=0, atol=1e-12)
+        last.append(left)
+    assert_same_carry(carry, Carry.concatenate(last))
 
 
-@pytest.mark.parametrize("position", POSITIONS)
-def test_a_change_in_one_document_changes_the_others_by_exactly_zero(position: str) -> None:
-    model = small_model(position=position)
-    tokens_BL = some_tokens(2, 6 * WINDOW)
-    starts_BC = starts_at(2, 6, (0, 2), (1, 4))
-    border = 2 * WINDOW
+@EVERY_MODEL
+def test_a_change_in_one_document_changes_the_others_by_exactly_zero(variant: dict[str, Any]) -> None:
+    model = model_of(**variant)
+    tokens_BL = some_tokens(2, BLOCKS * WINDOW)
+    starts_BC = starts_at(2, BLOCKS, (0, 2), (0, 5), (1, 4))
+    first, end = 2 * WINDOW, 5 * WINDOW
     other_BL = tokens_BL.clone()
-    other_BL[0, :border] = (other_BL[0, :border] + 1) % model.config.vocab_size
+    other_BL[0, first:end] = (other_BL[0, first:end] + 1) % model.config.vocab_size
     carry = some_carry(model.config, 2)
     logits, next_carry = model(tokens_BL, carry, starts_BC)
     changed, changed_carry = model(other_BL, carry, starts_BC)
-    assert not torch.isclose(logits[0, :border], changed[0, :border]).all(-1).any()
-    assert torch.equal(logits[0, border:], changed[0, border:])  # the next document of the same lane
+    assert not torch.isclose(logits[0, first:end], changed[0, first:end]).all(-1).any()
+    assert torch.equal(logits[0, :first], changed[0, :first])  # the document before it
+    assert torch.equal(logits[0, end:], changed[0, end:])  # the next document of the same lane
     assert torch.equal(logits[1], changed[1])  # another lane
     for name, tensor in next_carry.tensors().items():
         assert torch.equal(tensor, changed_carry.tensors()[name]), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_start_erases_state_and_cache_of_its_lane_and_of_no_other(kind: str) -> None:
-    model = small_model()
+@EVERY_MODEL
+def test_the_gradient_of_one_documents_loss_is_exactly_zero_at_every_other(variant: dict[str, Any]) -> None:
+    """At its tokens' embeddings, and at the carry, which belongs to what was read before the first start."""
+    model = model_of(**variant)
+    tokens_BL, targets_BL = some_tokens(2, BLOCKS * WINDOW), some_tokens(2, BLOCKS * WINDOW, seed=5)
+    starts_BC = starts_at(2, BLOCKS, (0, 2), (0, 5), (1, 0), (1, 4))
+    documents_BL = (starts_BC.cumsum(1) + torch.tensor([[0], [10]])).repeat_interleave(WINDOW, dim=1)
+    embedded = model.embedding(tokens_BL).detach().requires_grad_()
+    carry = some_carry(model.config, 2).map(Tensor.requires_grad_)
+    handle = model.embedding.register_forward_hook(lambda module, inputs, output: embedded)
+    logits, _ = model(tokens_BL, carry, starts_BC)
+    handle.remove()
+    nats_BL = F.cross_entropy(logits.flatten(0, 1), targets_BL.flatten(), reduction="none").view(2, -1)
+    carried = list(carry.tensors().values())
+    for document in documents_BL.unique().tolist():
+        own_BL = documents_BL == document
+        at_tokens, *at_carry = torch.autograd.grad(nats_BL[own_BL].sum(), [embedded, *carried], retain_graph=True)
+        assert not at_tokens[~own_BL].any()
+        assert (at_tokens[own_BL] != 0).any(-1).all()
+        for gradient_B in at_carry:
+            # Document 0 alone goes on from before: lane 0's first blocks.
+            assert [bool(lane.any()) for lane in gradient_B] == [document == 0, False]
+
+
+@EVERY_MODEL
+def test_a_start_erases_state_and_cache_of_its_lane_and_of_no_other(variant: dict[str, Any]) -> None:
+    model = model_of(**variant)
     carry = some_carry(model.config, 2)
-    other = Carry(tuple(replace_tensor(layer, kind) for layer in carry.layers))
     tokens_BL, starts_BC = some_tokens(2, 2 * WINDOW), starts_at(2, 2, (1, 0))
     logits, _ = model(tokens_BL, carry, starts_BC)
-    changed, _ = model(tokens_BL, other, starts_BC)
-    assert torch.equal(logits[1], changed[1])
-    assert not torch.isclose(logits[0, :WINDOW], changed[0, :WINDOW]).all()
+    for kind in ("keys", "values", "state") if model.config.recurrent_layers else ("keys", "values"):
+        other = Carry(tuple(with_another(layer, kind) for layer in carry.layers))
+        changed, _ = model(tokens_BL, other, starts_BC)
+        assert torch.equal(logits[1], changed[1]), kind
+        assert not torch.isclose(logits[0, :WINDOW], changed[0, :WINDOW]).all(), kind
 
 
-def replace_tensor(layer: object, kind: str) -> object:
+def with_another(layer: LayerCarry, kind: str) -> LayerCarry:
     field = {"keys": "keys_BWHK", "values": "values_BWHK", "state": "state_BSD"}[kind]
     tensor = getattr(layer, field)
-    return layer if tensor is None else replace(layer, **{field: tensor.flip(1) + 1})  # type: ignore[type-var]
+    return layer if tensor is None else replace(layer, **{field: tensor.flip(1) + 1})
 
 
-def test_a_start_in_one_lane_changes_no_bit_of_another() -> None:
-    model = small_model()
+@BOTH_WAYS
+def test_a_start_in_one_lane_changes_no_bit_of_another(feedback: bool) -> None:
+    model = model_of(feedback=feedback)
     carry, tokens_BL = some_carry(model.config, 3), some_tokens(3, 3 * WINDOW)
     logits, left = model(tokens_BL, carry, starts_at(3, 3))
     started, left_started = model(tokens_BL, carry, starts_at(3, 3, (1, 1)))
@@ -107,9 +184,10 @@ def test_a_start_in_one_lane_changes_no_bit_of_another() -> None:
         assert torch.equal(tensor[[0, 2]], left_started.tensors()[name][[0, 2]]), name
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("starts", [None, starts_at(2, 2, (1, 1))], ids=["no other start", "another start"])
-def test_no_carry_equals_a_start_of_every_lane_in_front_of_block_0(starts: Tensor | None) -> None:
-    model = small_model()
+def test_no_carry_equals_a_start_of_every_lane_in_front_of_block_0(starts: Tensor | None, feedback: bool) -> None:
+    model = model_of(feedback=feedback)
     tokens_BL = some_tokens(2, 2 * WINDOW)
     explicit = starts_at(2, 2, (0, 0), (1, 0)) | (starts_at(2, 2) if starts is None else starts)
     logits, left = model(tokens_BL, None, starts)
@@ -124,8 +202,9 @@ def test_the_given_starts_are_not_written_to() -> None:
     assert not starts_BC.any()
 
 
-def test_a_start_puts_the_learned_initial_state_in_place() -> None:
-    model = small_model()
+@BOTH_WAYS
+def test_a_start_puts_the_learned_initial_state_in_place(feedback: bool) -> None:
+    model = small_model(feedback=feedback)
     seen: list[Tensor] = []
     layer = model.layers[1]
     layer.cell.register_forward_hook(lambda cell, inputs, outputs: seen.append(inputs[0]))
@@ -146,8 +225,9 @@ def test_the_carry_holds_the_last_window_of_keys_and_values_and_the_state() -> N
             assert layer.state_BSD.shape == (2, 5, config.dim)
 
 
-def test_the_returned_carry_is_detached_and_keeps_no_memory_of_the_segment() -> None:
-    model = small_model().train()
+@BOTH_WAYS
+def test_the_returned_carry_is_detached_and_keeps_no_memory_of_the_segment(feedback: bool) -> None:
+    model = small_model(feedback=feedback).train()
     logits, carry = model(some_tokens(2, 8 * WINDOW))
     assert logits.requires_grad
     for name, tensor in carry.tensors().items():
@@ -156,17 +236,21 @@ def test_the_returned_carry_is_detached_and_keeps_no_memory_of_the_segment() -> 
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), name
 
 
-def test_reading_a_segment_leaves_the_carry_that_came_in_as_it_was() -> None:
-    model = small_model()
+@BOTH_WAYS
+def test_reading_a_segment_leaves_the_carry_that_came_in_as_it_was(feedback: bool) -> None:
+    model = model_of(feedback=feedback)
     carry = some_carry(model.config, 2)
     before = carry.detach()
     model(some_tokens(2, 2 * WINDOW), carry, starts_at(2, 2, (0, 0), (1, 1)))
     assert_same_carry(carry, before, tolerance=0)
 
 
+@pytest.mark.parametrize("variant", CELLS, ids=variant_name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_the_state_is_float32_whatever_the_model_and_the_cache_is_the_models(dtype: torch.dtype) -> None:
-    model = small_model().to(dtype)
+def test_the_state_is_float32_whatever_the_model_and_the_cache_is_the_models(
+    dtype: torch.dtype, variant: dict[str, Any]
+) -> None:
+    model = small_model(**variant).to(dtype)
     for carry in (
         Carry.fresh(model.config, 2, torch.device("cpu"), dtype),
         model(some_tokens(2, 2 * WINDOW))[1],

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+from small_models import FAMILY, variant_name
 
 from brt_dist.model.config import ModelConfig
 
@@ -23,9 +24,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"recurrent_layers": (12,)}, r"holds 12, but there are 12 layers, counted from 0 to 11"),
     ({"recurrent_layers": (-1,)}, r"holds -1, but there are 12 layers"),
     ({"recurrent_layers": (3, 5, 3)}, r"\[3, 5, 3\] names a layer twice"),
-    ({"gate": "lstm"}, r"model\.gate is 'lstm'; this version has 'fixed' only"),
-    ({"cell": "dual"}, r"model\.cell is 'dual'; this version has 'skip' only"),
-    ({"feedback": True}, r"model\.feedback is True; this version has False only"),
+    ({"feedback": True, "recurrent_layers": ()}, r"model\.feedback is true, but model\.recurrent_layers is empty"),
 ]
 
 
@@ -44,8 +43,17 @@ def test_the_default_is_the_papers_model() -> None:
 
 
 def test_without_recurrent_layers_the_cell_is_of_no_matter() -> None:
-    config = ModelConfig(recurrent_layers=(), gate="lstm", cell="dual", feedback=True)
+    config = ModelConfig(recurrent_layers=(), gate="lstm", cell="dual")
     assert config.recurrent_layers == ()
+
+
+@pytest.mark.parametrize("variant", FAMILY, ids=variant_name)
+def test_every_member_of_the_family_is_taken_and_learns_from_two_blocks_on(variant: dict[str, Any]) -> None:
+    config = ModelConfig(window=8, **variant)
+    assert {name: getattr(config, name) for name in variant} == variant
+    config.check_segment(16)
+    with pytest.raises(ValueError, match="fewer than two blocks of 8"):
+        config.check_segment(8)
 
 
 def test_a_list_of_layers_becomes_a_value_that_cannot_change() -> None:

@@ -16,7 +16,7 @@ LANES, LENGTH = 2, 3 * WINDOW
 
 
 def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(ValueError) as found:
+    with pytest.raises(ValueError, match=r"\S") as found:
         call()
     message = str(found.value)
     assert "\n" not in message
