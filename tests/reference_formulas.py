@@ -1,9 +1,10 @@
-"""The formulas of the reference, fixed gate and skip, written out: block by block, token by token, in float64.
+"""The formulas of the reference written out: block by block, token by token, in float64.
 
 Nothing of ours is used. Parameters have the reference's names and lie [in, out]. One lane at a time.
 
 Dimension key
-  N  tokens in a segment    W  window    S  states    d  width    H  heads    D  head width    M  keys that are seen
+  N  tokens in a segment    W  window     S  states        d  width    H  heads    D  head width    m  MLP width
+  M  keys that are seen     L  layers     C  blocks in a segment       V  vocabulary
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 Parameters = Mapping[str, Tensor]
+StateViews = tuple[Tensor, Tensor, Tensor, Tensor]
 EPSILON_OF_FLOAT32 = 2.0**-23
 
 
@@ -27,6 +29,19 @@ class LaneMemory:
     keys: Tensor
     values: Tensor
     state: Tensor | None
+
+    def detach(self) -> LaneMemory:
+        return LaneMemory(self.keys.detach(), self.values.detach(), None if self.state is None else self.state.detach())
+
+
+@dataclass
+class SegmentOutcome:
+    """What one lane's segment gives; `memory` is what it carries on, as constants."""
+
+    logits_NV: Tensor
+    layer_outs_LNd: Tensor
+    states_CSd: dict[int, Tensor]
+    memory: list[LaneMemory]
 
 
 def rms(x: Tensor, gain: Tensor) -> Tensor:
@@ -44,11 +59,11 @@ def bucket(distance: int) -> int:
 
 
 def attend(query_HD: Tensor, keys_MHD: Tensor, values_MHD: Tensor, scale_H: Tensor, bias_HM: Tensor | float) -> Tensor:
-    """One query; the extra slot of logit -1000 included."""
+    """One query, its heads' results one after the other; the extra slot of logit -1000 included."""
     scores_HM = (torch.einsum("hd,mhd->hm", query_HD, keys_MHD) + bias_HM) * scale_H.abs()[:, None]
     exponents_HM = torch.exp(scores_HM)
     weights_HM = exponents_HM / (math.exp(-1000.0) + exponents_HM.sum(-1, keepdim=True))
-    return torch.einsum("hm,mhd->hd", weights_HM, values_MHD)
+    return torch.einsum("hm,mhd->hd", weights_HM, values_MHD).flatten()
 
 
 class LiteralModel:
@@ -58,114 +73,143 @@ class LiteralModel:
         self.config, self.parameters = config, parameters
         self.heads = (config["num_heads"], config["head_size"])
         self.window = config["window_length"]
+        self.recurrent = sorted(config["recurrent_layer_indices"])
+        self.feedback = config["feedback_recurrence"] and config["dstack_window_length"] > 0
 
-    def fresh(self) -> list[LaneMemory]:
-        """Zeros; a start puts the initial state there."""
+    def zeros(self) -> list[LaneMemory]:
+        """The carry into the first segment, which a start turns into that of a new document."""
         empty = torch.zeros(self.window, *self.heads, dtype=torch.float64)
         state = torch.zeros(self.config["recurrent_num_states"], self.config["embedding_size"], dtype=torch.float64)
-        recurrent = self.config["recurrent_layer_indices"]
-        return [LaneMemory(empty, empty, state if i in recurrent else None) for i in range(self.config["num_layers"])]
+        layers = range(self.config["num_layers"])
+        return [LaneMemory(empty, empty, state if index in self.recurrent else None) for index in layers]
 
-    def segment(
-        self, tokens: Sequence[int], memory: list[LaneMemory], starts: Sequence[bool]
-    ) -> tuple[Tensor, list[LaneMemory]]:
-        """logits_NV and what the lane carries on, as constants."""
-        embedding = self.parameters["embed/embedding"]
-        xs = [embedding[token] for token in tokens]
-        left = []
-        for index in range(self.config["num_layers"]):
-            xs, layer_memory = self.layer(index, xs, memory[index], starts)
-            left.append(layer_memory)
-        gain = self.parameters["final_layernorm/scale"]
-        logits = [rms(x, gain) @ embedding.T / math.sqrt(len(x)) for x in xs]
-        return torch.stack(logits), left
+    def new_document(self) -> list[LaneMemory]:
+        memory = self.zeros()
+        for index in self.recurrent:
+            memory[index].state = self.parameters[f"transformer{index}/recurrent_initial_state"]
+        return memory
+
+    def segment(self, tokens: Sequence[int], memory: list[LaneMemory], starts: Sequence[bool]) -> SegmentOutcome:
+        """The whole stack, one block after the other; starts[c]: a document begins with block c."""
+        embedding, gain = self.parameters["embed/embedding"], self.parameters["final_layernorm/scale"]
+        outs: list[list[Tensor]] = [[] for _ in range(self.config["num_layers"])]
+        states: dict[int, list[Tensor]] = {index: [] for index in self.recurrent}
+        for block, start in enumerate(starts):
+            memory = self.new_document() if start else list(memory)
+            views = {index: self.state_views(index, memory[index].state) for index in self.recurrent}
+            seen = dict(views)
+            if self.feedback:
+                for index in set(range(self.config["num_layers"])) - set(self.recurrent):
+                    seen[index] = views[self.recurrent[-1]]
+            xs = [embedding[token] for token in tokens[block * self.window : (block + 1) * self.window]]
+            for index in range(self.config["num_layers"]):
+                xs, memory[index] = self.layer(index, xs, memory[index], seen.get(index))
+                outs[index].extend(xs)
+            for index in self.recurrent:
+                states[index].append(memory[index].state)
+        return SegmentOutcome(
+            torch.stack([rms(x, gain) @ embedding.T / math.sqrt(len(x)) for x in outs[-1]]),
+            torch.stack([torch.stack(xs) for xs in outs]),
+            {index: torch.stack(blocks) for index, blocks in states.items()},
+            [layer.detach() for layer in memory],
+        )
 
     def layer(
-        self, index: int, xs: list[Tensor], memory: LaneMemory, starts: Sequence[bool]
+        self, index: int, xs: list[Tensor], memory: LaneMemory, seen_states: StateViews | None
     ) -> tuple[list[Tensor], LaneMemory]:
-        name = f"transformer{index}/"
-        window = self.window
-        normed = [rms(x, self.parameters[f"{name}tbase/_kvq/pre_attn_layernorm/scale"]) for x in xs]
-        keys = [unit(self.project(h, f"{name}tbase/_kvq/keys_layer")) for h in normed]
-        values = [self.project(h, f"{name}tbase/_kvq/values_layer") for h in normed]
-        previous_keys, previous_values = list(memory.keys), list(memory.values)
+        """One block through one layer: its outputs, and the layer's memory after the block."""
+        kvq = f"transformer{index}/tbase/_kvq"
+        normed = [rms(x, self.parameters[f"{kvq}/pre_attn_layernorm/scale"]) for x in xs]
+        keys = torch.stack([unit(self.project(h, f"{kvq}/keys_layer")) for h in normed])
+        values = torch.stack([self.project(h, f"{kvq}/values_layer") for h in normed])
+        all_keys, all_values = torch.cat([memory.keys, keys]), torch.cat([memory.values, values])
+        rows = range(self.window)
+        outs = [self.token(index, xs[row], normed[row], row, all_keys, all_values, seen_states) for row in rows]
         state = memory.state
-        outs: list[Tensor] = []
-        for block, start in enumerate(starts):
-            if start:
-                previous_keys = [torch.zeros(self.heads, dtype=torch.float64)] * window
-                previous_values = previous_keys
-                if state is not None:
-                    state = self.parameters[f"{name}recurrent_initial_state"]
-            here = range(block * window, (block + 1) * window)
-            seen_keys = previous_keys + [keys[i] for i in here]
-            seen_values = previous_values + [values[i] for i in here]
-            for row, i in enumerate(here):
-                outs.append(self.token(name, xs[i], normed[i], row, seen_keys, seen_values, state))
-            if state is not None:
-                state = self.next_state(name, state, torch.stack(seen_keys), torch.stack(seen_values))
-            previous_keys, previous_values = seen_keys[window:], seen_values[window:]
-        left = LaneMemory(torch.stack(previous_keys).detach(), torch.stack(previous_values).detach(), None)
-        left.state = None if state is None else state.detach()
-        return outs, left
+        if state is not None:
+            assert seen_states is not None
+            state = self.next_state(index, state, seen_states, all_keys, all_values)
+        return outs, LaneMemory(keys, values, state)
 
     def token(
         self,
-        name: str,
+        index: int,
         x: Tensor,
         h: Tensor,
         row: int,
-        seen_keys: list[Tensor],
-        seen_values: list[Tensor],
-        state: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
+        seen_states: StateViews | None,
     ) -> Tensor:
-        """The layer's output for token `row` of a block, whose keys are the second W of `seen_keys`."""
-        own = self.window + row
+        """The layer's output for token `row` of a block, whose keys are the second W of `keys`."""
+        name = f"transformer{index}/"
         table = self.parameters[f"{name}relative_positions/rel_embedding"]
-        seen = [j for j in range(2 * self.window) if 1 <= own - j <= self.window]
+        own = self.window + row
+        seen = [key for key in range(2 * self.window) if 1 <= own - key <= self.window]
         heads = attend(
             unit(self.project(h, f"{name}tbase/_kvq/queries_layer")),
-            torch.stack([seen_keys[j] for j in seen]),
-            torch.stack([seen_values[j] for j in seen]),
+            keys[seen],
+            values[seen],
             self.parameters[f"{name}tbase/_kvq/attention_scale"],
-            torch.stack([table[:, bucket(own - j)] for j in seen], dim=1),
-        ).flatten()
-        if state is not None:
-            state_keys, state_values, _, _ = self.state_views(name, state)
+            table[:, [bucket(own - key) for key in seen]],
+        )
+        if seen_states is not None:
+            state_keys, state_values, _, _ = seen_states
             query = unit(self.project(h, f"{name}tbase/_kvq/queries2_layer"))
             scale = self.parameters[f"{name}tbase/attention_scale2"]
-            heads = torch.cat([heads, attend(query, state_keys, state_values, scale, 0.0).flatten()])
+            heads = torch.cat([heads, attend(query, state_keys, state_values, scale, 0.0)])
         x1 = x + heads @ self.parameters[f"{name}tbase/post_attn_mlp/output_layer/kernel"]
         hidden = rms(x1, self.parameters[f"{name}tbase/pre_ffn_layernorm/scale"])
         hidden = torch.relu(hidden @ self.parameters[f"{name}tbase/ffn/hidden0/kernel"])
         return x1 + hidden @ self.parameters[f"{name}tbase/ffn/output_layer/kernel"]
 
-    def state_views(self, name: str, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def state_views(self, index: int, state: Tensor | None) -> StateViews:
         """Keys, values, queries to states, queries to tokens; each [S, H, D]."""
-        u = rms(state, self.parameters[f"{name}recurrent_tbase/_kvq/pre_attn_layernorm/scale"])
-        u = u + self.parameters[f"{name}recurrent_tbase/_kvq/position_embeddings"]
+        assert state is not None
+        kvq = f"transformer{index}/recurrent_tbase/_kvq"
+        u = rms(state, self.parameters[f"{kvq}/pre_attn_layernorm/scale"])
+        u = u + self.parameters[f"{kvq}/position_embeddings"]
         keys, values, to_states, to_tokens = (
-            self.project(u, f"{name}recurrent_tbase/_kvq/{kind}_layer")
-            for kind in ("keys", "values", "queries", "queries2")
+            self.project(u, f"{kvq}/{kind}_layer") for kind in ("keys", "values", "queries", "queries2")
         )
         return unit(keys), values, unit(to_states), unit(to_tokens)
 
-    def next_state(self, name: str, state: Tensor, token_keys: Tensor, token_values: Tensor) -> Tensor:
-        keys, values, to_states, to_tokens = self.state_views(name, state)
-        scale = self.parameters[f"{name}recurrent_tbase/_kvq/attention_scale"]
-        token_scale = self.parameters[f"{name}recurrent_tbase/attention_scale2"]
-        keep = torch.sigmoid(self.parameters[f"{name}recurrent_tbase/post_attn_mlp/gate_bias"])
+    def next_state(
+        self, index: int, state: Tensor, views: StateViews, token_keys: Tensor, token_values: Tensor
+    ) -> Tensor:
+        name = f"transformer{index}/recurrent_tbase"
+        keys, values, to_states, to_tokens = views
+        scale = self.parameters[f"{name}/_kvq/attention_scale"]
+        token_scale = self.parameters[f"{name}/attention_scale2"]
         rows = []
-        for s in range(len(state)):
-            r = torch.cat(
-                [
-                    attend(to_states[s], keys, values, scale, 0.0).flatten(),
-                    attend(to_tokens[s], token_keys, token_values, token_scale, 0.0).flatten(),
-                ]
-            )
-            z = r @ self.parameters[f"{name}recurrent_tbase/post_attn_mlp/output_layer/kernel"]
-            rows.append(state[s] * keep + z * (1 - keep))
+        for s, vector in enumerate(state):
+            of_states = attend(to_states[s], keys, values, scale, 0.0)
+            of_tokens = attend(to_tokens[s], token_keys, token_values, token_scale, 0.0)
+            rows.append(self.next_vector(name, vector, torch.cat([of_states, of_tokens])))
         return torch.stack(rows)
+
+    def next_vector(self, name: str, s: Tensor, r: Tensor) -> Tensor:
+        """One state vector after it has read r: the cells single, skip and dual."""
+        if self.config["recurrent_single_gate"]:
+            n = torch.relu(r @ self.parameters[f"{name}/ffn/hidden0/kernel"])
+            return self.gate(f"{name}/ffn", s, n, torch.tanh(n @ self.parameters[f"{name}/ffn/output_layer/kernel"]))
+        z = r @ self.parameters[f"{name}/post_attn_mlp/output_layer/kernel"]
+        c = self.gate(f"{name}/post_attn_mlp", s, r, z)
+        if self.config["recurrent_skip_ffn"]:
+            return c
+        n = rms(c, self.parameters[f"{name}/pre_ffn_layernorm/scale"])
+        n = torch.relu(n @ self.parameters[f"{name}/ffn/hidden0/kernel"])
+        return self.gate(f"{name}/ffn", c, n, n @ self.parameters[f"{name}/ffn/output_layer/kernel"])
+
+    def gate(self, name: str, c: Tensor, h: Tensor, z: Tensor) -> Tensor:
+        if self.config["recurrent_gate_type"] == "bias":
+            g = torch.sigmoid(self.parameters[f"{name}/gate_bias"])
+            return c * g + z * (1 - g)
+        forget, let_in = (
+            h @ self.parameters[f"{name}/{kind}_gate/kernel"] + self.parameters[f"{name}/{kind}_gate/bias"]
+            for kind in ("forget", "input")
+        )
+        return c * torch.sigmoid(forget + 1) + z * torch.sigmoid(let_in - 1)
 
     def project(self, x: Tensor, name: str) -> Tensor:
         return (x @ self.parameters[f"{name}/kernel"]).unflatten(-1, self.heads)

@@ -93,37 +93,106 @@ def read_vectors(path: Path) -> Mapping[str, np.ndarray]:
 
 
 def load_model(vectors: Mapping[str, np.ndarray]) -> BlockRecurrentTransformer:
-    """Our model with the file's sizes and parameters. KeyError names what the file lacks."""
-    model = BlockRecurrentTransformer(model_config(json.loads(str(vectors["config_json"]))))
-    parameters = {
-        ours: torch.cat([_turn(name, torch.from_numpy(vectors[f"param/{name}"])) for name in theirs])
-        for ours, theirs in reference_names(model.config).items()
-    }
+    """Our model with the file's sizes and parameters. KeyError names what the file lacks, ValueError what is wrong."""
+    model = BlockRecurrentTransformer(model_config(read_config(vectors)))
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    parameters = {}
+    for ours, theirs in reference_names(model.config).items():
+        expected = (shapes[ours][0] // len(theirs), *shapes[ours][1:])
+        parameters[ours] = torch.cat([_read_parameter(vectors, name, expected) for name in theirs])
     model.load_state_dict(parameters)
     return model
 
 
+def _read_parameter(vectors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> Tensor:
+    """One of the reference's parameters as it stands in ours, where it must have `shape`."""
+    parameter = _turn(name, torch.from_numpy(vectors[f"param/{name}"]))
+    if parameter.shape != shape:
+        turned = _turn(name, torch.empty(shape, device="meta"))
+        raise ValueError(
+            f"param/{name} has the shape {vectors[f'param/{name}'].shape}, "
+            f"but in the model of config_json it has {tuple(turned.shape)}"
+        )
+    return parameter
+
+
+def read_config(vectors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The reference's configuration, as it stands in the file. ValueError where it is none."""
+    try:
+        config = json.loads(str(vectors["config_json"]))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"config_json is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError("config_json holds no JSON object")
+    return config
+
+
 def model_config(reference: Mapping[str, Any]) -> ModelConfig:
-    """Our configuration for the reference's; ValueError where this version doesn't have it."""
-    cell: Literal["skip", "dual", "single"] = "skip" if reference["recurrent_skip_ffn"] else "dual"
-    if reference["recurrent_single_gate"]:
-        cell = "single"
-    recurrent = tuple(reference["recurrent_layer_indices"])
+    """Our configuration for the reference's; ValueError where a key is missing or its value isn't one of ours.
+
+    What belongs to recurrence is read only where there is a recurrent layer. Other keys are of no concern.
+    """
+    indices = _entry(reference, "recurrent_layer_indices", list)
+    if not all(type(index) is int for index in indices):
+        raise ValueError(f"recurrent_layer_indices in config_json is {indices}; it must hold whole numbers")
     return ModelConfig(
-        vocab_size=reference["vocab_size"],
-        dim=reference["embedding_size"],
-        num_layers=reference["num_layers"],
-        num_heads=reference["num_heads"],
-        head_dim=reference["head_size"],
-        mlp_dim=reference["mlp_dim"],
-        window=reference["window_length"],
-        num_states=reference["recurrent_num_states"] if recurrent else 1,
-        recurrent_layers=recurrent,
-        gate="lstm" if reference["recurrent_gate_type"] == "lstm" else "fixed",
-        cell=cell if recurrent else "skip",
+        vocab_size=_entry(reference, "vocab_size", int),
+        dim=_entry(reference, "embedding_size", int),
+        num_layers=_entry(reference, "num_layers", int),
+        num_heads=_entry(reference, "num_heads", int),
+        head_dim=_entry(reference, "head_size", int),
+        mlp_dim=_entry(reference, "mlp_dim", int),
+        window=_entry(reference, "window_length", int),
         position="t5",
-        feedback=bool(recurrent and reference["feedback_recurrence"] and reference["dstack_window_length"]),
+        recurrent_layers=tuple(indices),
+        num_states=_entry(reference, "recurrent_num_states", int) if indices else 1,
+        gate=_gate(reference) if indices else "fixed",
+        cell=_cell(reference) if indices else "skip",
+        feedback=_has_feedback(reference) if indices else False,
     )
+
+
+def _gate(reference: Mapping[str, Any]) -> Literal["fixed", "lstm"]:
+    kind = _entry(reference, "recurrent_gate_type", str)
+    if kind == "bias":
+        return "fixed"
+    if kind == "lstm":
+        return "lstm"
+    raise ValueError(f"recurrent_gate_type in config_json is {kind!r}; it must be 'bias' (the fixed gate) or 'lstm'")
+
+
+def _cell(reference: Mapping[str, Any]) -> Literal["skip", "dual", "single"]:
+    single = _entry(reference, "recurrent_single_gate", bool)
+    skip = _entry(reference, "recurrent_skip_ffn", bool)
+    if single and skip:
+        raise ValueError("recurrent_single_gate and recurrent_skip_ffn in config_json are both true; no cell is both")
+    if single:
+        return "single"
+    return "skip" if skip else "dual"
+
+
+def _has_feedback(reference: Mapping[str, Any]) -> bool:
+    """The reference feeds back only where its whole stack runs block by block: `dstack_window_length` above 0."""
+    if not _entry(reference, "feedback_recurrence", bool):
+        return False
+    block, window = _entry(reference, "dstack_window_length", int), _entry(reference, "window_length", int)
+    if block not in (0, window):
+        raise ValueError(
+            f"dstack_window_length in config_json is {block} and window_length {window}; "
+            "with feedback_recurrence they must be equal"
+        )
+    return block > 0
+
+
+def _entry(reference: Mapping[str, Any], key: str, kind: type) -> Any:
+    if key not in reference:
+        raise ValueError(f"config_json lacks {key}")
+    if type(reference[key]) is not kind:  # isinstance would take true for a whole number
+        raise ValueError(f"{key} in config_json is {reference[key]!r}; it must be {_KINDS[kind]}")
+    return reference[key]
+
+
+_KINDS = {int: "a whole number", bool: "true or false", str: "a string", list: "a list"}
 
 
 def reference_names(config: ModelConfig) -> dict[str, list[str]]:

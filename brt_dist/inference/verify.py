@@ -60,7 +60,7 @@ def verify(path: Path) -> dict[str, Any]:
     """Run our model on a vectors file: the largest error of each quantity, and whether all are within 1e-4.
 
     Gradients are compared relative to each tensor's largest entry, absolutely where that is zero.
-    BadInput where the file is no vectors file, or of a model that this version doesn't have.
+    BadInput where the file is no vectors file, or of a model that isn't one of ours.
     """
     vectors = read_vectors(path)
     try:
@@ -76,7 +76,8 @@ def verify(path: Path) -> dict[str, Any]:
 def compare(model: BlockRecurrentTransformer, vectors: Mapping[str, np.ndarray]) -> Errors:
     """Read the segments one after the other, our carry handed on, and note every quantity's error."""
     errors = Errors()
-    carry = None
+    _check_inputs(vectors)
+    carry = Carry.fresh(model.config, vectors["tokens"].shape[1], torch.device("cpu"), torch.float32)
     for segment in SEGMENTS:
         states = _StateRecorder(model)
         tokens_BL, targets_BL, starts_BC = _inputs(model, vectors, segment)
@@ -94,6 +95,24 @@ def compare(model: BlockRecurrentTransformer, vectors: Mapping[str, np.ndarray])
         carry = next_carry
         _compare_carry(errors, carry, vectors, segment)
     return errors
+
+
+def _check_inputs(vectors: Mapping[str, np.ndarray]) -> None:
+    """ValueError unless tokens, starts, targets and masks have the kinds and shapes that belong together."""
+    shape = vectors["tokens"].shape
+    if len(shape) != 3 or shape[0] != len(SEGMENTS):
+        raise ValueError(f"tokens has the shape {shape}; it must be ({len(SEGMENTS)}, lanes, tokens in a segment)")
+    _check_array(vectors, "tokens", "whole numbers", shape)
+    _check_array(vectors, "start_of_sequence", "true or false", shape[:2])
+    for segment in SEGMENTS:
+        _check_array(vectors, f"seg{segment}/targets", "whole numbers", shape[1:])
+        _check_array(vectors, f"seg{segment}/loss_mask", "true or false", shape[1:])
+
+
+def _check_array(vectors: Mapping[str, np.ndarray], key: str, kind: str, shape: tuple[int, ...]) -> None:
+    array = vectors[key]
+    if array.shape != shape or array.dtype.kind not in {"whole numbers": "iu", "true or false": "b"}[kind]:
+        raise ValueError(f"{key} holds {array.dtype} of shape {array.shape}; it must be {kind} of shape {shape}")
 
 
 def _inputs(

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from reference_formulas import LaneMemory, LiteralModel
+from reference_parameters import draw_parameters, parameter_shapes
 from torch import Tensor
 
-from brt_dist.inference.reference_vectors import gradients_of, load_model, model_config, reference_names
+from brt_dist.inference.reference_vectors import gradients_of, load_model
 from brt_dist.model.carry import Carry
 
 LIMIT = 1e-11
+REFERENCE = Path(__file__).parents[1] / "reference"
+RECORDED = ["baseline_slide", "baseline_xl", "fixed_skip", "lstm_dual", "feedback_fixed_skip"]
 
+SKIP = {"recurrent_single_gate": False, "recurrent_skip_ffn": True}
+DUAL = {"recurrent_single_gate": False, "recurrent_skip_ffn": False}
+SINGLE = {"recurrent_single_gate": True, "recurrent_skip_ffn": False}
+FIXED, LSTM = {"recurrent_gate_type": "bias"}, {"recurrent_gate_type": "lstm"}
+FEEDBACK = {"feedback_recurrence": True, "dstack_window_length": 4}
 SMALL: dict[str, Any] = {
     "num_layers": 4,
     "embedding_size": 5,
@@ -26,10 +35,10 @@ SMALL: dict[str, Any] = {
     "vocab_size": 13,
     "recurrent_layer_indices": [0, 2],
     "recurrent_num_states": 3,
-    "recurrent_gate_type": "bias",
-    "recurrent_single_gate": False,
-    "recurrent_skip_ffn": True,
+    **FIXED,
+    **SKIP,
     "feedback_recurrence": False,
+    "dstack_window_length": 0,
 }
 # Distances beyond 128 fall into the last bucket, those from 16 on into logarithmic ones.
 LONG_WINDOW = SMALL | {
@@ -40,65 +49,63 @@ LONG_WINDOW = SMALL | {
     "recurrent_layer_indices": [1],
     "recurrent_num_states": 2,
 }
-MORE_STATES_THAN_TOKENS = SMALL | {"num_layers": 2, "recurrent_layer_indices": [1], "recurrent_num_states": 9}
-NO_STATE = SMALL | {"num_layers": 2, "recurrent_layer_indices": [], "recurrent_num_states": 0}
+MORE_STATES_THAN_TOKENS = {"recurrent_num_states": 9}
+NO_STATE = {"num_layers": 2, "recurrent_layer_indices": [], "recurrent_num_states": 0}
 
-CASES = [
-    pytest.param(
-        SMALL, 3, [[True, False, True], [False, False, True], [True, False, False]], id="two recurrent layers"
+
+def layers(number: int, *recurrent: int) -> dict[str, Any]:
+    return {"num_layers": number, "recurrent_layer_indices": list(recurrent)}
+
+
+# Per segment, whether a document begins with each block. Every lane begins one with the very first.
+TWO_SEGMENTS = [[True, False], [False, True]]
+THREE_SEGMENTS = [[True, False, True], [False, False, True], [True, False, False]]
+ONE_BLOCK_EACH = [[True], [False], [False]]
+
+CASES = {
+    "fixed skip": (SMALL, THREE_SEGMENTS),
+    "fixed dual": (SMALL | DUAL, THREE_SEGMENTS),
+    "fixed single": (SMALL | SINGLE, THREE_SEGMENTS),
+    "lstm skip": (SMALL | LSTM, THREE_SEGMENTS),
+    "lstm dual": (SMALL | LSTM | DUAL, THREE_SEGMENTS),
+    "lstm single": (SMALL | LSTM | SINGLE, THREE_SEGMENTS),
+    "fixed skip, feedback": (SMALL | FEEDBACK | layers(3, 1), THREE_SEGMENTS),
+    "fixed skip, feedback, two recurrent layers": (SMALL | FEEDBACK, THREE_SEGMENTS),
+    "lstm dual, feedback": (SMALL | LSTM | DUAL | FEEDBACK | layers(3, 1), THREE_SEGMENTS),
+    "lstm dual, feedback, two recurrent layers": (SMALL | LSTM | DUAL | FEEDBACK, THREE_SEGMENTS),
+    "lstm single, feedback": (SMALL | LSTM | SINGLE | FEEDBACK | layers(3, 1), THREE_SEGMENTS),
+    "lstm single, feedback, two recurrent layers": (SMALL | LSTM | SINGLE | FEEDBACK, THREE_SEGMENTS),
+    "feedback from the first layer": (SMALL | DUAL | FEEDBACK | layers(2, 0), TWO_SEGMENTS),
+    "feedback from the last layer": (SMALL | LSTM | FEEDBACK | layers(3, 2), TWO_SEGMENTS),
+    "feedback from adjacent layers": (SMALL | SINGLE | FEEDBACK | layers(4, 1, 2), TWO_SEGMENTS),
+    "feedback, layers named out of order": (SMALL | FEEDBACK | layers(4, 3, 0), TWO_SEGMENTS),
+    "feedback that no layer reads": (SMALL | FEEDBACK | layers(2, 0, 1), TWO_SEGMENTS),
+    "feedback, more states than tokens in a block": (
+        SMALL | DUAL | FEEDBACK | MORE_STATES_THAN_TOKENS | layers(2, 1),
+        TWO_SEGMENTS,
     ),
-    pytest.param(MORE_STATES_THAN_TOKENS, 2, [[False, True], [False, False]], id="more states than tokens in a block"),
-    pytest.param(NO_STATE, 2, [[True, False], [False, True]], id="no recurrence"),
-    pytest.param(LONG_WINDOW, 2, [[True, False]], id="window beyond all position buckets"),
-]
+    "feedback, one block in a segment": (SMALL | LSTM | FEEDBACK | layers(3, 1), ONE_BLOCK_EACH),
+    "feedback asked for, but no block-wise stack": (SMALL | layers(2, 0) | {"feedback_recurrence": True}, TWO_SEGMENTS),
+    "block-wise stack without feedback": (SMALL | layers(2, 0) | {"dstack_window_length": 4}, TWO_SEGMENTS),
+    "more states than tokens in a block": (SMALL | LSTM | MORE_STATES_THAN_TOKENS | layers(2, 1), TWO_SEGMENTS),
+    "one block in a segment": (SMALL | SINGLE | layers(2, 1), ONE_BLOCK_EACH),
+    "every layer recurrent": (SMALL | LSTM | DUAL | layers(3, 0, 1, 2), TWO_SEGMENTS),
+    "no recurrence": (SMALL | NO_STATE, TWO_SEGMENTS),
+    "window beyond all position buckets": (LONG_WINDOW, [[True, False]]),
+}
 
 
-def draw_parameters(config: dict[str, Any]) -> dict[str, np.ndarray]:
-    """A random value for every parameter by the reference's names, each of a size at which it matters."""
-    d, inner = config["embedding_size"], config["num_heads"] * config["head_size"]
-    states, mlp, heads = config["recurrent_num_states"], config["mlp_dim"], config["num_heads"]
-    shapes = {
-        "embed/embedding": (config["vocab_size"], d),
-        "rel_embedding": (heads, 32),
-        "attention_scale": (heads,),
-        "attention_scale2": (heads,),
-        "recurrent_initial_state": (states, d),
-        "position_embeddings": (states, d),
-        "gate_bias": (d,),
-        "scale": (d,),
-        "hidden0/kernel": (d, mlp),
-        "ffn/output_layer/kernel": (mlp, d),
-        **{f"{kind}_layer/kernel": (d, inner) for kind in ("keys", "values", "queries", "queries2")},
-    }
-    generator = np.random.default_rng(0)
-    parameters = {}
-    for name in (name for names in reference_names(model_config(config)).values() for name in names):
-        if name.endswith("post_attn_mlp/output_layer/kernel"):
-            both = "recurrent_tbase" in name or int(name[11]) in config["recurrent_layer_indices"]
-            shape: tuple[int, ...] = ((2 if both else 1) * inner, d)
-        else:
-            shape = next(shape for ending, shape in shapes.items() if name.endswith(ending))
-        values = generator.standard_normal(shape)
-        if name.endswith("kernel"):
-            values /= np.sqrt(shape[0])
-        if name.endswith(("attention_scale", "attention_scale2")):
-            values *= 2  # of both signs: the reference takes the absolute value
-        parameters[name] = values.astype(np.float32)
-    return parameters
-
-
-@pytest.mark.parametrize(("config", "blocks", "starts"), CASES)
-def test_the_model_equals_the_formulas_written_out_token_by_token(
-    config: dict[str, Any], blocks: int, starts: list[list[bool]]
-) -> None:
-    lanes, length = (2 if config["window_length"] < 100 else 1), blocks * config["window_length"]
+@pytest.mark.parametrize("case", CASES)
+def test_the_model_equals_the_formulas_written_out_token_by_token(case: str) -> None:
+    config, starts = CASES[case]
+    lanes, length = (2 if config["window_length"] < 100 else 1), len(starts[0]) * config["window_length"]
     drawn = draw_parameters(config)
     vectors = {f"param/{name}": value for name, value in drawn.items()} | {"config_json": np.array(json.dumps(config))}
     model = load_model(vectors).double()
     literal = LiteralModel(
         config, {name: torch.from_numpy(value).double().requires_grad_() for name, value in drawn.items()}
     )
-    memories = [literal.fresh() for _ in range(lanes)]
+    memories = [literal.zeros() for _ in range(lanes)]
     carry = Carry.fresh(model.config, lanes, torch.device("cpu"), torch.float64)
     generator = torch.Generator().manual_seed(0)
     for segment, row in enumerate(starts):
@@ -113,8 +120,8 @@ def test_the_model_equals_the_formulas_written_out_token_by_token(
         outcomes = [
             literal.segment(tokens_BL[lane].tolist(), memories[lane], starts_of_lanes[lane]) for lane in range(lanes)
         ]
-        memories = [memory for _, memory in outcomes]
-        expected_BLV = torch.stack([logits for logits, _ in outcomes])
+        memories = [outcome.memory for outcome in outcomes]
+        expected_BLV = torch.stack([outcome.logits_NV for outcome in outcomes])
 
         near(logits_BLV, expected_BLV, "logits")
         compare_carry(carry, memories)
@@ -146,3 +153,29 @@ def near(ours: Tensor, expected: Tensor, what: str) -> None:
     assert ours.shape == expected.shape, what
     difference = (ours.detach() - expected.detach()).abs().max().item()
     assert difference <= LIMIT * (1 + expected.detach().abs().max().item()), f"{what}: {difference:.1e} off"
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_the_formulas_written_out_are_those_of_the_reference(name: str) -> None:
+    """One lane, the one that begins a second document; what the reference computed, it computed in float32."""
+    with np.load(REFERENCE / f"{name}.npz") as file:
+        vectors = dict(file)
+    config = json.loads(str(vectors["config_json"]))
+    parameters = {
+        key.removeprefix("param/"): torch.from_numpy(value).double()
+        for key, value in vectors.items()
+        if key.startswith("param/")
+    }
+    assert {key: tuple(value.shape) for key, value in parameters.items()} == parameter_shapes(config)
+    literal, lane = LiteralModel(config, parameters), 1
+    memory = literal.zeros()
+    for segment in (1, 2, 3):
+        start = bool(vectors["start_of_sequence"][segment - 1, lane])
+        starts = [start] + [False] * (config["segment_length"] // config["window_length"] - 1)
+        outcome = literal.segment(vectors["tokens"][segment - 1, lane].tolist(), memory, starts)
+        memory = outcome.memory
+        found = {"logits": outcome.logits_NV}
+        found |= {f"layer_out/{index}": out for index, out in enumerate(outcome.layer_outs_LNd)}
+        found |= {f"state_after_block/{index}": states for index, states in outcome.states_CSd.items()}
+        for what, ours in found.items():
+            assert np.abs(ours.numpy() - vectors[f"seg{segment}/{what}"][lane]).max() < 1e-5, what
