@@ -28,7 +28,7 @@ class LanguageModel(Protocol):
     config: Any  # has .window, the tokens of a block
 
     def token_losses(
-        self, tokens_BL: Tensor, targets_BL: Tensor, carry: Any = None, starts_BC: Tensor | None = None
+        self, tokens: Tensor, targets: Tensor, carry: Any = None, starts: Tensor | None = None
     ) -> tuple[Tensor, Any]:
         """nats_BL of every target (0 where it is -100), and the carry."""
 
@@ -69,8 +69,8 @@ def score_documents(
 ) -> list[np.ndarray]:
     """Nats of every predicted position of every document: float32, n + 1 for a document of n tokens.
 
-    Documents keep their order, and their values depend neither on `lanes` and `segment` nor on each other, but for
-    rounding. The model's training mode is as before when this returns, and so is every carry held elsewhere.
+    Documents keep their order, and their values depend neither on `lanes` and (without `forget_state`) `segment` nor on
+    each other, but for rounding. The model's training mode is as before when this returns, and so is every carry held elsewhere.
 
     clear_every     the carry is cleared in front of every position that is a multiple of it
     forget_state    the states alone are put back in front of every position that is a multiple of `segment`

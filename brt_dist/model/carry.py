@@ -23,6 +23,16 @@ class LayerCarry:
     values_BWHK: Tensor
     state_BSD: Tensor | None = None
 
+    def states(self) -> Tensor:
+        """state_BSD of a layer that recurs."""
+        assert self.state_BSD is not None
+        return self.state_BSD
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name: `keys`, `values`, and `state` where the layer recurs."""
+        named = {"keys": self.keys_BWHK, "values": self.values_BWHK}
+        return named if self.state_BSD is None else named | {"state": self.state_BSD}
+
     def map(self, change: Callable[[Tensor], Tensor]) -> LayerCarry:
         """The carry with `change` applied to each of its tensors."""
         state_BSD = None if self.state_BSD is None else change(self.state_BSD)
@@ -48,22 +58,22 @@ class Carry:
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name, `layers.3.keys`, `layers.3.values` and `layers.3.state`."""
-        named = {}
-        for index, layer in enumerate(self.layers):
-            named[f"layers.{index}.keys"] = layer.keys_BWHK
-            named[f"layers.{index}.values"] = layer.values_BWHK
-            if layer.state_BSD is not None:
-                named[f"layers.{index}.state"] = layer.state_BSD
-        return named
+        return {
+            f"layers.{index}.{name}": tensor
+            for index, layer in enumerate(self.layers)
+            for name, tensor in layer.tensors().items()
+        }
 
     @classmethod
     def from_tensors(cls, named: Mapping[str, Tensor]) -> Carry:
-        """The inverse of `tensors`; KeyError where one is missing."""
-        count = sum(name.endswith(".keys") for name in named)
+        """The inverse of `tensors`, of a plain model; KeyError where keys or values are missing, or for other names."""
+        indices = {int(name.split(".")[1]) for name in named}
+        if others := {name.split(".")[2] for name in named} - {"keys", "values", "state"}:
+            raise KeyError(f"a carry of a plain model has no {', '.join(sorted(others))}")
         return cls(
             tuple(
                 LayerCarry(named[f"layers.{i}.keys"], named[f"layers.{i}.values"], named.get(f"layers.{i}.state"))
-                for i in range(count)
+                for i in range(max(indices, default=-1) + 1)
             )
         )
 

@@ -50,6 +50,13 @@ class RememberingCarry(LayerCarry):
         plain = super().map(change)
         return self.behind(plain, change(self.compressed_keys_BMHK), change(self.compressed_values_BMHK))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+        return super().tensors() | {
+            "compressed_keys": self.compressed_keys_BMHK,
+            "compressed_values": self.compressed_values_BMHK,
+        }
+
     @classmethod
     def behind(cls, plain: LayerCarry, keys_BMHK: Tensor, values_BMHK: Tensor) -> RememberingCarry:
         """The carry `plain` with compressed memories of what lies behind its window."""
@@ -148,12 +155,16 @@ class RememberingLayer(nn.Module):
         if isinstance(self.layer, RecurrentLayer):
             keys_BCXHK = pair_blocks(views.keys_BLHK, carry.keys_BWHK, starts_BC)
             values_BCXHK = pair_blocks(views.values_BLHK, carry.values_BWHK, starts_BC)
-            state_BSD, state_keys, state_values = self.layer.recur(carry.state_BSD, keys_BCXHK, values_BCXHK, starts_BC)
+            state_BSD, state_keys, state_values = self.layer.recur(carry.states(), keys_BCXHK, values_BCXHK, starts_BC)
             heads.append(tokens.attend_state(views, state_keys, state_values))
         remembered_BLD, memory_keys_BMHK, memory_values_BMHK = self.memory(views, carry, starts_BC)
         out_BLD = tokens.finish(x_BLD + remembered_BLD, *heads)
         plain = tokens.carry_on(views, state_BSD)
         return out_BLD, RememberingCarry.behind(plain, memory_keys_BMHK, memory_values_BMHK)
+
+    def forget(self, carry: LayerCarry) -> LayerCarry:
+        """The carry with the state of the start of a document; cache and compressed memories stay."""
+        return self.layer.forget(carry)
 
 
 def attend_where(

@@ -20,8 +20,8 @@ class ModelConfig:
     feedback           all other layers read the (last) recurrent layer's state, too; the stack runs block by block
     position           of the token self-attention: T5 relative bias, rotary, or none
     logit_scale        what logits are divided by: sqrt(dim) or sqrt(vocab_size)
-    dtype              of weights and activations in training, as torch names it; the state and its gates are float32 in
-                       any case
+    dtype              of weights and activations in training (`brt train`), as torch names it; the state and its gates
+                       are float32 in any case, and so is a model as it is constructed
     """
 
     vocab_size: int = 32128
@@ -42,10 +42,14 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.recurrent_layers, list | tuple) or any(
+            type(i) is not int for i in self.recurrent_layers
+        ):
+            raise ValueError(f"model.recurrent_layers is {self.recurrent_layers!r}; it must be a list of layer indices")
         object.__setattr__(self, "recurrent_layers", tuple(self.recurrent_layers))
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "head_dim", "mlp_dim", "window", "num_states"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1 and whole")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"model.{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")

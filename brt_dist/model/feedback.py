@@ -39,7 +39,7 @@ def run_with_feedback(
 
 def _run_block(layers: Sequence[nn.Module], x_BWD: Tensor, carry: Carry, starts_B: Tensor) -> tuple[Tensor, Carry]:
     recurrent = {index: layer for index, layer in enumerate(layers) if isinstance(layer, RecurrentLayer)}
-    states = {index: layer.open(carry.layers[index].state_BSD, starts_B) for index, layer in recurrent.items()}
+    states = {index: layer.open(carry.layers[index].states(), starts_B) for index, layer in recurrent.items()}
     views = {index: layer.cell.view(states[index]) for index, layer in recurrent.items()}
     fed_back = views[max(views)]
     carries = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from brt_dist.model.config import ModelConfig
 
 
-def forward_flops_per_token(config: ModelConfig, segment: int) -> float:
+def forward_flops_per_token(config: ModelConfig) -> float:
     """Of one forward pass; a multiplication and an addition count as two. Training costs three times as much.
 
     Counted are matrix products and the attention that a token really sees: W tokens and S states, and for each of the
@@ -17,16 +17,15 @@ def forward_flops_per_token(config: ModelConfig, segment: int) -> float:
     reading = 2 * 2 * config.dim * inner + 4 * config.num_states * inner
     readers = config.num_layers if config.feedback else len(config.recurrent_layers)
     states_per_token = config.num_states / config.window
-    recurrent = _flops_per_state(config, segment) * states_per_token
+    recurrent = _flops_per_state(config) * states_per_token
     head = 2 * config.dim * config.vocab_size
     return config.num_layers * ordinary + readers * reading + len(config.recurrent_layers) * recurrent + head
 
 
-def _flops_per_state(config: ModelConfig, segment: int) -> float:
+def _flops_per_state(config: ModelConfig) -> float:
     """To advance one state vector by a block."""
     inner = config.num_heads * config.head_dim
-    seen = config.num_states + min(2 * config.window, config.window + segment)
-    attention = 2 * 4 * config.dim * inner + 4 * seen * inner
+    attention = 2 * 4 * config.dim * inner + 4 * (config.num_states + 2 * config.window) * inner
     # A fixed gate's inputs go through its candidate's matrix alone, an LSTM gate's through those of two gates as well.
     matrices = 1 if config.gate == "fixed" else 3
     gate, mlp_gate = 2 * matrices * 2 * inner * config.dim, 2 * matrices * config.mlp_dim * config.dim

@@ -81,7 +81,7 @@ class RecurrentLayer(nn.Module):
         views = self.tokens.view(x_BLD)
         keys_BCXHK = pair_blocks(views.keys_BLHK, carry.keys_BWHK, starts_BC)
         values_BCXHK = pair_blocks(views.values_BLHK, carry.values_BWHK, starts_BC)
-        state_BSD, state_keys, state_values = self.recur(carry.state_BSD, keys_BCXHK, values_BCXHK, starts_BC)
+        state_BSD, state_keys, state_values = self.recur(carry.states(), keys_BCXHK, values_BCXHK, starts_BC)
         out_BLD = self.tokens.finish(
             x_BLD,
             self.tokens.attend(views, carry, starts_BC),
@@ -90,8 +90,8 @@ class RecurrentLayer(nn.Module):
         return out_BLD, self.tokens.carry_on(views, state_BSD)
 
     def recur(
-        self, state_BSD: Tensor | None, keys_BCXHK: Tensor, values_BCXHK: Tensor, starts_BC: Tensor
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        self, state_BSD: Tensor, keys_BCXHK: Tensor, values_BCXHK: Tensor, starts_BC: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Phase one. Returns the last state and the keys_BCSHK and values_BCSHK that each block's tokens read."""
         state_keys, state_values = [], []
         for block in range(starts_BC.shape[1]):
@@ -102,14 +102,12 @@ class RecurrentLayer(nn.Module):
             state_values.append(views.values_BSHK)
         return state_BSD, torch.stack(state_keys, dim=1), torch.stack(state_values, dim=1)
 
-    def open(self, state_BSD: Tensor | None, starts_B: Tensor) -> Tensor:
+    def open(self, state_BSD: Tensor, starts_B: Tensor) -> Tensor:
         """The state in front of a block: the carried one, or the learned initial one where a document starts."""
-        assert state_BSD is not None, "the carry of a recurrent layer has a state"
         # `where`, even if nothing starts here: ZeRO pairs gradients by the parameters that took part.
         return torch.where(starts_B[:, None, None], self.initial_state_SD.to(state_BSD.dtype), state_BSD)
 
     def forget(self, carry: LayerCarry) -> LayerCarry:
         """The carry with the state of the start of a document; the cache stays."""
-        assert carry.state_BSD is not None
-        initial_BSD = self.initial_state_SD.to(carry.state_BSD.dtype).expand_as(carry.state_BSD)
-        return replace(carry, state_BSD=initial_BSD)
+        state_BSD = carry.states()
+        return replace(carry, state_BSD=self.initial_state_SD.to(state_BSD.dtype).expand_as(state_BSD))

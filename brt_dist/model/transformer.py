@@ -7,6 +7,7 @@ Dimension key
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +26,14 @@ from brt_dist.model.transformer_layer import EPSILON, SharedDropout, Transformer
 class BlockRecurrentTransformer(nn.Module):
     """A decoder whose recurrent layers carry a state from block to block, segment to segment, step to step.
 
-        logits_BLV, carry = model(tokens_BL, carry, starts_BC)
+        logits, carry = model(tokens, carry=None, starts=None)
 
-    tokens_BL   int64; L is a multiple of the window
-    carry       what the previous call returned, detached; None: every lane starts at block 0
-    starts_BC   bool; True where a document begins in front of block c: the lane forgets state and cache
+    logits   [B, L, V]
+    tokens   [B, L], int64; L is a multiple of the window
+    carry    what the previous call returned, detached; None: every lane starts at block 0
+    starts   [B, C], bool; True where a document begins in front of block c: the lane forgets state and cache
+
+    Its weights are float32 whatever the configuration's dtype, which is what training computes in.
     """
 
     def __init__(self, config: ModelConfig):
@@ -48,46 +52,45 @@ class BlockRecurrentTransformer(nn.Module):
         self.dropout = SharedDropout(config.dropout)
         initialize(self, seed)
 
-    def forward(
-        self, tokens_BL: Tensor, carry: Carry | None = None, starts_BC: Tensor | None = None
-    ) -> tuple[Tensor, Carry]:
-        """logits_BLV in the dtype of the weights, and the detached carry for the next segment."""
-        hidden_BLD, carry = self.hidden(tokens_BL, carry, starts_BC)
+    def forward(self, tokens: Tensor, carry: Carry | None = None, starts: Tensor | None = None) -> tuple[Tensor, Carry]:
+        """logits_BLV in the dtype of the weights, and the detached carry for the next segment.
+
+        ValueError, of one line, where inputs don't fit the model or each other.
+        """
+        hidden_BLD, carry = self.hidden(tokens, carry, starts)
         return F.linear(hidden_BLD, self.embedding.weight) / self.config.logit_divisor, carry
 
     def loss(
-        self, tokens_BL: Tensor, targets_BL: Tensor, carry: Carry | None = None, starts_BC: Tensor | None = None
+        self, tokens: Tensor, targets: Tensor, carry: Carry | None = None, starts: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Carry]:
         """Sum of the predicted tokens' losses in nats, nats_BL of each as constants, and the carry.
 
-        targets_BL: -100 where nothing is predicted. The full logits never exist (see `loss.py`).
+        targets: [B, L], int64, -100 where nothing is predicted. The full logits never exist (see `loss.py`).
         """
-        check_targets(targets_BL, tokens_BL, self.config.vocab_size)
-        hidden_BLD, carry = self.hidden(tokens_BL, carry, starts_BC)
+        check_targets(targets, tokens, self.config.vocab_size)
+        hidden_BLD, carry = self.hidden(tokens, carry, starts)
         nats, nats_T = linear_cross_entropy(
-            hidden_BLD.flatten(0, 1), self.embedding.weight, targets_BL.flatten(), self.config.logit_divisor
+            hidden_BLD.flatten(0, 1), self.embedding.weight, targets.flatten().long(), self.config.logit_divisor
         )
-        return nats, nats_T.view_as(targets_BL), carry
+        return nats, nats_T.view_as(targets), carry
 
     @torch.no_grad()
     def token_losses(
-        self, tokens_BL: Tensor, targets_BL: Tensor, carry: Carry | None = None, starts_BC: Tensor | None = None
+        self, tokens: Tensor, targets: Tensor, carry: Carry | None = None, starts: Tensor | None = None
     ) -> tuple[Tensor, Carry]:
         """nats_BL of each token, float32, 0 where nothing is predicted, without gradients; and the carry."""
-        _, nats_BL, carry = self.loss(tokens_BL, targets_BL, carry, starts_BC)
+        _, nats_BL, carry = self.loss(tokens, targets, carry, starts)
         return nats_BL, carry
 
     def forget_state(self, carry: Carry) -> Carry:
         """`carry` with every state as at the start of a document; the caches stay."""
-        layers = list(carry.layers)
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, RecurrentLayer):
-                layers[index] = layer.forget(layers[index])
-        return Carry(tuple(layers)).detach()
+        layers = zip(self.layers, carry.layers, strict=True)
+        return Carry(tuple(cast(Any, layer).forget(layer_carry) for layer, layer_carry in layers)).detach()
 
     def hidden(self, tokens_BL: Tensor, carry: Carry | None, starts_BC: Tensor | None) -> tuple[Tensor, Carry]:
         """hidden_BLD behind the last norm, and the detached carry. ValueError, of one line, where inputs don't fit."""
-        check_tokens(tokens_BL, self.config.vocab_size)
+        device, dtype = self.embedding.weight.device, self.cache_dtype()
+        check_tokens(tokens_BL, self.config.vocab_size, device)
         lanes, length = tokens_BL.shape
         if length == 0 or length % self.config.window:
             raise ValueError(
@@ -95,9 +98,8 @@ class BlockRecurrentTransformer(nn.Module):
             )
         blocks = length // self.config.window
         if starts_BC is None:
-            starts_BC = torch.zeros(lanes, blocks, dtype=torch.bool, device=tokens_BL.device)
-        check_starts(starts_BC, lanes, blocks)
-        device, dtype = self.embedding.weight.device, self.cache_dtype()
+            starts_BC = torch.zeros(lanes, blocks, dtype=torch.bool, device=device)
+        check_starts(starts_BC, lanes, blocks, device)
         if carry is None:
             carry = Carry.fresh(self.config, lanes, device, dtype)
             starts_BC = starts_BC.clone()
@@ -108,10 +110,10 @@ class BlockRecurrentTransformer(nn.Module):
         return self.dropout(self.final_norm(x_BLD)), carry.detach()
 
     def cache_dtype(self) -> torch.dtype:
-        """Of keys and values: that of the weights, but for torch's autocast, which computes them in its own."""
+        """Of keys and values: that of the weights, but for torch's autocast, which computes float32 ones in its own."""
         weight = self.embedding.weight
         kind = weight.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if weight.dtype == torch.float32 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return torch.get_autocast_dtype(kind)
         return weight.dtype
 

@@ -136,3 +136,7 @@ class TransformerLayer(nn.Module):
     def carry_on(self, views: TokenViews, state_BSD: Tensor | None = None) -> LayerCarry:
         """What the next segment needs of this one."""
         return LayerCarry(views.keys_BLHK[:, -self.window :], views.values_BLHK[:, -self.window :], state_BSD)
+
+    def forget(self, carry: LayerCarry) -> LayerCarry:
+        """The carry as it is: there is no state in it."""
+        return carry

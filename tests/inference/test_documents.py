@@ -37,9 +37,10 @@ class Remembering:
         return self
 
     def token_losses(
-        self, tokens_BL: Tensor, targets_BL: Tensor, carry: Any = None, starts_BC: Tensor | None = None
+        self, tokens: Tensor, targets: Tensor, carry: Any = None, starts: Tensor | None = None
     ) -> tuple[Tensor, Any]:
-        assert starts_BC is not None
+        assert starts is not None
+        tokens_BL, targets_BL, starts_BC = tokens, targets, starts
         self.modes.append(self.training)
         sum_B = torch.full((len(tokens_BL),), 1e6) if carry is None else carry
         nats_BL = torch.zeros(tokens_BL.shape)

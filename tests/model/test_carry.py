@@ -271,8 +271,15 @@ def test_a_carry_becomes_named_tensors_and_lanes_and_comes_back() -> None:
     assert_same_carry(Carry.concatenate([first, others]), carry, tolerance=0)
 
 
-def test_a_missing_tensor_of_a_carry_is_named() -> None:
+@pytest.mark.parametrize("name", ["layers.2.values", "layers.2.keys", "layers.0.keys"])
+def test_a_missing_tensor_of_a_carry_is_named(name: str) -> None:
     named = some_carry(small_config(), 1).tensors()
-    del named["layers.2.values"]
-    with pytest.raises(KeyError, match=r"layers\.2\.values"):
+    del named[name]
+    with pytest.raises(KeyError, match=name.replace(".", r"\.")):
         Carry.from_tensors(named)
+
+
+def test_tensors_that_a_plain_carry_does_not_have_are_named() -> None:
+    named = some_carry(small_config(), 1).tensors()
+    with pytest.raises(KeyError, match="compressed_keys"):
+        Carry.from_tensors(named | {"layers.0.compressed_keys": named["layers.0.keys"]})

@@ -15,7 +15,7 @@ from small_models import WINDOW, some_tokens, starts_at
 from torch import Tensor
 
 from brt_dist.model import compressed_memory
-from brt_dist.model.carry import LayerCarry
+from brt_dist.model.carry import Carry, LayerCarry
 from brt_dist.model.compressed_memory import CompressedMemory, Compression, RememberingCarry, attend_where
 from brt_dist.model.config import ModelConfig
 from brt_dist.model.transformer_layer import TokenViews, unit
@@ -171,3 +171,23 @@ def test_the_plain_model_never_learns_of_compressed_memories() -> None:
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert "brt_dist.model.window_attention" in loaded
     assert not {f"brt_dist.model.{name}" for name in own} & set(loaded)
+
+
+def test_a_model_forgets_its_states_and_keeps_its_compressed_memories() -> None:
+    model = port_model().model
+    _, carry = model(some_tokens(2, 4 * WINDOW))
+    forgotten = model.forget_state(carry)
+    for before, after in zip(carry.layers, forgotten.layers, strict=True):
+        assert isinstance(before, RememberingCarry)
+        assert isinstance(after, RememberingCarry)
+        assert torch.equal(after.compressed_keys_BMHK, before.compressed_keys_BMHK)
+        assert torch.equal(after.compressed_values_BMHK, before.compressed_values_BMHK)
+        assert torch.equal(after.keys_BWHK, before.keys_BWHK)
+        if before.state_BSD is not None:
+            assert not torch.isclose(after.states(), before.state_BSD).all()
+
+
+def test_a_carry_with_compressed_memories_is_not_taken_for_a_plain_one() -> None:
+    _, carry = port_model().model(some_tokens(2, 4 * WINDOW))
+    with pytest.raises(KeyError, match="compressed_keys, compressed_values"):
+        Carry.from_tensors(carry.tensors())

@@ -93,3 +93,20 @@ def test_a_segment_is_whole_blocks_and_two_at_least_where_layers_recur(
 @pytest.mark.parametrize(("logit_scale", "divisor"), [("sqrt_dim", 32.0), ("sqrt_vocab", 32128**0.5)])
 def test_logits_are_divided_by_a_root(logit_scale: Any, divisor: float) -> None:
     assert ModelConfig(logit_scale=logit_scale).logit_divisor == divisor
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("recurrent_layers", 9),
+        ("recurrent_layers", (1.0,)),
+        ("recurrent_layers", ("9",)),
+        ("window", 8.5),
+        ("dim", 16.0),
+        ("num_heads", True),
+        ("vocab_size", "50"),
+    ],
+)
+def test_a_size_of_another_type_is_refused_by_name(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"model\.{key} is "):
+        ModelConfig(**{key: value})

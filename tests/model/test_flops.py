@@ -13,11 +13,10 @@ from brt_dist.model.flops import forward_flops_per_token
 from brt_dist.model.transformer import BlockRecurrentTransformer
 
 PAPER = ModelConfig()
-SEGMENT = 4096
 
 
 def mega_flops(**changes: object) -> float:
-    return forward_flops_per_token(replace(PAPER, **changes), SEGMENT) / 1e6  # type: ignore[arg-type]
+    return forward_flops_per_token(replace(PAPER, **changes)) / 1e6  # type: ignore[arg-type]
 
 
 def test_an_ordinary_layer_costs_27_mega_flops_a_token() -> None:
@@ -78,4 +77,4 @@ def test_without_attention_torch_counts_the_same_products(gate: str, cell: str, 
     seen_by_tokens = 4 * inner * (config.num_layers * config.window + readers * config.num_states)
     seen_by_states = 4 * inner * (config.num_states + 2 * config.window) * config.num_states / config.window
     attention = seen_by_tokens + seen_by_states
-    assert products / tokens == forward_flops_per_token(config, tokens) - attention
+    assert products / tokens == forward_flops_per_token(config) - attention

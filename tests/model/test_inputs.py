@@ -58,7 +58,9 @@ def test_the_ends_of_the_vocabulary_and_what_is_not_predicted_pass() -> None:
 )
 def test_tokens_of_another_kind_or_shape_are_refused(tokens: Tensor) -> None:
     message = refusal(lambda: small_model()(tokens))
-    assert message.startswith(f"tokens have shape {tuple(tokens.shape)} and dtype {tokens.dtype}; expected int64")
+    assert message.startswith(
+        f"tokens have shape {tuple(tokens.shape)} and dtype {tokens.dtype}; expected int64 or int32"
+    )
 
 
 def test_targets_of_another_shape_than_the_tokens_are_refused_with_both() -> None:
@@ -157,3 +159,47 @@ def test_a_carry_made_under_autocast_goes_back_in_under_autocast(changes: dict[s
         assert tensor.dtype == (torch.float32 if name.endswith("state") else torch.bfloat16), name
     assert logits.dtype == torch.bfloat16
     assert (logits - exact).norm() < 0.06 * exact.norm()
+
+
+# --- what is accepted ---
+
+
+def test_everything_can_be_named_in_a_call() -> None:
+    model, starts = small_model(), starts_at(LANES, 3, (1, 1))
+    tokens, targets, carry = some_tokens(LANES, LENGTH), some_tokens(LANES, LENGTH, seed=5), some_carry(model.config, 2)
+    logits, _ = model(tokens=tokens, carry=carry, starts=starts)
+    assert torch.equal(logits, model(tokens, carry, starts)[0])
+    nats, _, _ = model.loss(tokens=tokens, targets=targets, carry=carry, starts=starts)
+    scored, _ = model.token_losses(tokens=tokens, targets=targets, carry=carry, starts=starts)
+    torch.testing.assert_close(scored.sum(), nats.detach())
+
+
+def test_ids_of_32_bits_give_what_those_of_64_give() -> None:
+    model, tokens, targets = small_model(), some_tokens(LANES, LENGTH), some_tokens(LANES, LENGTH, seed=5)
+    assert torch.equal(model(tokens.int())[0], model(tokens)[0])
+    assert torch.equal(model.loss(tokens.int(), targets.int())[0], model.loss(tokens, targets)[0])
+
+
+def test_what_is_no_tensor_and_no_carry_is_refused_by_name() -> None:
+    model, tokens = small_model(), some_tokens(LANES, LENGTH)
+    assert refusal(lambda: model(tokens.tolist())).startswith("tokens are a list; expected a tensor")  # type: ignore[arg-type]
+    assert refusal(lambda: model(tokens, None, [True])).startswith("starts are a list; expected a tensor")  # type: ignore[arg-type]
+    named = some_carry(model.config, 2).tensors()
+    assert refusal(lambda: model(tokens, named)) == (  # type: ignore[arg-type]
+        "the carry is a dict; expected the Carry that an earlier call returned"
+    )
+
+
+def test_tensors_on_another_device_than_the_model_are_refused_by_name() -> None:
+    model, tokens = small_model(), some_tokens(LANES, LENGTH)
+    assert refusal(lambda: model(tokens.to("meta"))) == "tokens are on meta, the model on cpu"
+    assert refusal(lambda: model.loss(tokens, tokens.to("meta"))) == "targets are on meta, the model on cpu"
+    starts = starts_at(LANES, 3).to("meta")
+    assert refusal(lambda: model(tokens, None, starts)) == "starts are on meta, the model on cpu"
+
+
+def test_a_float64_model_takes_its_own_carry_under_autocast() -> None:
+    model, tokens = small_model(), some_tokens(LANES, LENGTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, carry = model(tokens)
+        model(tokens, carry)
