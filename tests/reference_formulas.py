@@ -1,6 +1,7 @@
 """The formulas of the reference written out: block by block, token by token, in float64.
 
-Nothing of ours is used. Parameters have the reference's names and lie [in, out]. One lane at a time.
+Nothing of ours is used. Parameters have the reference's names and lie [in, out]. One lane at a time. Rotary positions
+(Su et al. 2021), none at all, and logits divided by the root of the vocabulary's size are what we have beyond it.
 
 Dimension key
   N  tokens in a segment    W  window     S  states        d  width    H  heads    D  head width    m  MLP width
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -58,6 +59,17 @@ def bucket(distance: int) -> int:
     return min(31, 16 + int(16 * math.log(distance / 16 + EPSILON_OF_FLOAT32) / math.log(8)))
 
 
+def rotate(x_HD: Tensor, position: int) -> Tensor:
+    """Coordinates k and k + D/2 are a point in a plane, which turns by position / 10000^(2k/D)."""
+    half = x_HD.shape[-1] // 2
+    turned = x_HD.clone()
+    for k in range(half):
+        angle = position / 10000 ** (k / half)
+        turned[:, k] = x_HD[:, k] * math.cos(angle) - x_HD[:, k + half] * math.sin(angle)
+        turned[:, k + half] = x_HD[:, k] * math.sin(angle) + x_HD[:, k + half] * math.cos(angle)
+    return turned
+
+
 def attend(query_HD: Tensor, keys_MHD: Tensor, values_MHD: Tensor, scale_H: Tensor, bias_HM: Tensor | float) -> Tensor:
     """One query, its heads' results one after the other; the extra slot of logit -1000 included."""
     scores_HM = (torch.einsum("hd,mhd->hm", query_HD, keys_MHD) + bias_HM) * scale_H.abs()[:, None]
@@ -67,10 +79,17 @@ def attend(query_HD: Tensor, keys_MHD: Tensor, values_MHD: Tensor, scale_H: Tens
 
 
 class LiteralModel:
-    """`config` holds the reference's keys."""
+    """`config` holds the reference's keys; the reference itself is `t5` and `sqrt_dim`."""
 
-    def __init__(self, config: Mapping[str, Any], parameters: Parameters):
-        self.config, self.parameters = config, parameters
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        parameters: Parameters,
+        position: Literal["t5", "rotary", "none"] = "t5",
+        logit_scale: Literal["sqrt_dim", "sqrt_vocab"] = "sqrt_dim",
+    ):
+        self.config, self.parameters, self.position = config, parameters, position
+        self.logit_divisor = math.sqrt(config["embedding_size" if logit_scale == "sqrt_dim" else "vocab_size"])
         self.heads = (config["num_heads"], config["head_size"])
         self.window = config["window_length"]
         self.recurrent = sorted(config["recurrent_layer_indices"])
@@ -108,7 +127,7 @@ class LiteralModel:
             for index in self.recurrent:
                 states[index].append(memory[index].state)
         return SegmentOutcome(
-            torch.stack([rms(x, gain) @ embedding.T / math.sqrt(len(x)) for x in outs[-1]]),
+            torch.stack([rms(x, gain) @ embedding.T / self.logit_divisor for x in outs[-1]]),
             torch.stack([torch.stack(xs) for xs in outs]),
             {index: torch.stack(blocks) for index, blocks in states.items()},
             [layer.detach() for layer in memory],
@@ -143,16 +162,16 @@ class LiteralModel:
     ) -> Tensor:
         """The layer's output for token `row` of a block, whose keys are the second W of `keys`."""
         name = f"transformer{index}/"
-        table = self.parameters[f"{name}relative_positions/rel_embedding"]
         own = self.window + row
         seen = [key for key in range(2 * self.window) if 1 <= own - key <= self.window]
-        heads = attend(
-            unit(self.project(h, f"{name}tbase/_kvq/queries_layer")),
-            keys[seen],
-            values[seen],
-            self.parameters[f"{name}tbase/_kvq/attention_scale"],
-            table[:, [bucket(own - key) for key in seen]],
-        )
+        query, seen_keys = unit(self.project(h, f"{name}tbase/_kvq/queries_layer")), keys[seen]
+        bias: Tensor | float = 0.0
+        if self.position == "rotary":
+            query, seen_keys = rotate(query, own), torch.stack([rotate(keys[key], key) for key in seen])
+        if self.position == "t5":
+            table = self.parameters[f"{name}relative_positions/rel_embedding"]
+            bias = table[:, [bucket(own - key) for key in seen]]
+        heads = attend(query, seen_keys, values[seen], self.parameters[f"{name}tbase/_kvq/attention_scale"], bias)
         if seen_states is not None:
             state_keys, state_values, _, _ = seen_states
             query = unit(self.project(h, f"{name}tbase/_kvq/queries2_layer"))

@@ -14,8 +14,8 @@ import numpy as np
 Shape = tuple[int, ...]
 
 
-def parameter_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """`config` holds the reference's keys."""
+def parameter_shapes(config: Mapping[str, Any], position: str = "t5") -> dict[str, Shape]:
+    """`config` holds the reference's keys; a table of relative positions is there for `t5` only."""
     shapes: dict[str, Shape] = {
         "embed/embedding": (config["vocab_size"], config["embedding_size"]),
         "final_layernorm/scale": (config["embedding_size"],),
@@ -26,7 +26,7 @@ def parameter_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
         shapes |= {f"transformer{index}/{name}": shape for name, shape in token_shapes(config, reads_states).items()}
         if recurrent:
             shapes |= {f"transformer{index}/{name}": shape for name, shape in state_shapes(config).items()}
-    return shapes
+    return {name: shape for name, shape in shapes.items() if position == "t5" or "relative_positions" not in name}
 
 
 def token_shapes(config: Mapping[str, Any], reads_states: bool) -> dict[str, Shape]:
@@ -83,11 +83,11 @@ def gate_shapes(config: Mapping[str, Any], name: str, width: int) -> dict[str, S
     return kernels | {f"{name}/{kind}_gate/bias": (d,) for kind in ("input", "forget")}
 
 
-def draw_parameters(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def draw_parameters(config: Mapping[str, Any], position: str = "t5") -> dict[str, np.ndarray]:
     """A random float32 value for every parameter, each of a size at which it matters."""
     generator = np.random.default_rng(0)
     parameters = {}
-    for name, shape in parameter_shapes(config).items():
+    for name, shape in parameter_shapes(config, position).items():
         values = generator.standard_normal(shape)
         if name.endswith("kernel"):
             values /= np.sqrt(shape[0])

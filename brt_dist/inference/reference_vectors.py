@@ -39,6 +39,15 @@ READING_TOKENS = {
     "projection.weight": [*TOKENS["projection.weight"], "tbase/_kvq/queries2_layer/kernel"],
     "state_scale_H": ["tbase/attention_scale2"],
 }
+# Our sizes that are also those of parameters, and the reference's names of them.
+SIZES = {
+    "vocab_size": "vocab_size",
+    "dim": "embedding_size",
+    "num_heads": "num_heads",
+    "head_dim": "head_size",
+    "mlp_dim": "mlp_dim",
+    "num_states": "recurrent_num_states",
+}
 CELL = {
     "norm.weight": ["_kvq/pre_attn_layernorm/scale"],
     "ids_SD": ["_kvq/position_embeddings"],
@@ -94,26 +103,56 @@ def read_vectors(path: Path) -> Mapping[str, np.ndarray]:
 
 def load_model(vectors: Mapping[str, np.ndarray]) -> BlockRecurrentTransformer:
     """Our model with the file's sizes and parameters. KeyError names what the file lacks, ValueError what is wrong."""
-    model = BlockRecurrentTransformer(model_config(read_config(vectors)))
+    return model_with_parameters(model_config(read_config(vectors)), vectors)
+
+
+def model_with_parameters(config: ModelConfig, vectors: Mapping[str, np.ndarray]) -> BlockRecurrentTransformer:
+    """A model of `config` with the file's parameters; nothing is allocated before all of them fit. Errors as above."""
+    _check_sizes(config, vectors)
+    with torch.device("meta"):
+        model = BlockRecurrentTransformer(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     parameters = {}
-    for ours, theirs in reference_names(model.config).items():
+    for ours, theirs in reference_names(config).items():
         expected = (shapes[ours][0] // len(theirs), *shapes[ours][1:])
         parameters[ours] = torch.cat([_read_parameter(vectors, name, expected) for name in theirs])
-    model.load_state_dict(parameters)
+    model.to_empty(device="cpu").load_state_dict(parameters)
     return model
+
+
+def _check_sizes(config: ModelConfig, vectors: Mapping[str, np.ndarray]) -> None:
+    """ValueError where a size is beyond every parameter in the file: even shapes of such sizes can be too much."""
+    shapes = [array.shape for key, array in vectors.items() if key.startswith("param/") and array.size]
+    if config.num_layers > len(shapes):
+        raise ValueError(f"num_layers in config_json is {config.num_layers}, but the file has {len(shapes)} parameters")
+    largest = max((size for shape in shapes for size in shape), default=0)
+    sizes = {theirs: getattr(config, ours) for ours, theirs in SIZES.items()}
+    sizes["num_heads x head_size"] = config.num_heads * config.head_dim
+    for name, size in sizes.items():
+        if size > largest:
+            raise ValueError(
+                f"{name} in config_json is {size}, but no parameter in the file has more than {largest} rows or columns"
+            )
 
 
 def _read_parameter(vectors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> Tensor:
     """One of the reference's parameters as it stands in ours, where it must have `shape`."""
-    parameter = _turn(name, torch.from_numpy(vectors[f"param/{name}"]))
-    if parameter.shape != shape:
-        turned = _turn(name, torch.empty(shape, device="meta"))
+    parameter = read_numbers(vectors, f"param/{name}")
+    turned = _turn(name, torch.empty(shape, device="meta"))
+    if parameter.shape != turned.shape:
         raise ValueError(
-            f"param/{name} has the shape {vectors[f'param/{name}'].shape}, "
+            f"param/{name} has the shape {tuple(parameter.shape)}, "
             f"but in the model of config_json it has {tuple(turned.shape)}"
         )
-    return parameter
+    return _turn(name, parameter)
+
+
+def read_numbers(vectors: Mapping[str, np.ndarray], key: str) -> Tensor:
+    """An array of floating-point numbers of any width and byte order, as float64. Errors as above."""
+    array = vectors[key]
+    if array.dtype.kind != "f":
+        raise ValueError(f"{key} holds {array.dtype}; expected floating-point numbers")
+    return torch.from_numpy(array.astype(np.float64))
 
 
 def read_config(vectors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -135,17 +174,13 @@ def model_config(reference: Mapping[str, Any]) -> ModelConfig:
     indices = _entry(reference, "recurrent_layer_indices", list)
     if not all(type(index) is int for index in indices):
         raise ValueError(f"recurrent_layer_indices in config_json is {indices}; it must hold whole numbers")
+    sizes = {ours: theirs for ours, theirs in SIZES.items() if indices or ours != "num_states"}
     return ModelConfig(
-        vocab_size=_entry(reference, "vocab_size", int),
-        dim=_entry(reference, "embedding_size", int),
+        **{"num_states": 1} | {ours: _entry(reference, theirs, int) for ours, theirs in sizes.items()},
         num_layers=_entry(reference, "num_layers", int),
-        num_heads=_entry(reference, "num_heads", int),
-        head_dim=_entry(reference, "head_size", int),
-        mlp_dim=_entry(reference, "mlp_dim", int),
         window=_entry(reference, "window_length", int),
         position="t5",
         recurrent_layers=tuple(indices),
-        num_states=_entry(reference, "recurrent_num_states", int) if indices else 1,
         gate=_gate(reference) if indices else "fixed",
         cell=_cell(reference) if indices else "skip",
         feedback=_has_feedback(reference) if indices else False,
@@ -202,6 +237,8 @@ def reference_names(config: ModelConfig) -> dict[str, list[str]]:
         recurrent = index in config.recurrent_layers
         tokens = f"layers.{index}.tokens" if recurrent else f"layers.{index}"
         for ours, theirs in (READING_TOKENS if recurrent or config.feedback else TOKENS).items():
+            if ours == "bias.table" and config.position != "t5":
+                continue
             names[f"{tokens}.{ours}"] = [f"transformer{index}/{name}" for name in theirs]
         if recurrent:
             names[f"layers.{index}.initial_state_SD"] = [f"transformer{index}/recurrent_initial_state"]

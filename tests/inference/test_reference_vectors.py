@@ -76,6 +76,8 @@ def test_an_array_that_does_not_fit_is_refused_in_one_line(tampered: Tamper, key
     [
         ("tokens", np.ones((2, 2, 64), np.int32), r"tokens has the shape \(2, 2, 64\); it must be \(3, lanes, "),
         ("tokens", np.ones((3, 64), np.int32), r"tokens has the shape \(3, 64\)"),
+        ("tokens", np.ones((3, 0, 64), np.int32), r"tokens has the shape \(3, 0, 64\); .* lanes at least 1$"),
+        ("tokens", np.ones((3, 2, 0), np.int32), "a segment of 0 tokens is not a positive multiple of the window, 16"),
         ("tokens", np.ones((3, 2, 64)), "tokens holds float64 of shape .*; it must be whole numbers of shape"),
         (
             "start_of_sequence",
@@ -101,6 +103,94 @@ def test_an_array_of_another_kind_or_shape_is_named_with_what_it_must_be(
     path = tampered(lambda arrays: arrays.update({key: array}))
     with pytest.raises(BadInput, match=message):
         verify(path)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "seg1/logits",
+        "seg2/token_losses",
+        "seg3/state_after_block/1",
+        "seg2/carry_out/transformer1/recurrent_state",
+        "seg1/carry_out/transformer0/previous_keys",
+        "seg3/carry_out/transformer2/previous_values",
+        "seg1/grad/final_layernorm/scale",
+        "param/embed/embedding",
+        "param/transformer1/recurrent_tbase/_kvq/keys_layer/kernel",
+    ],
+)
+@pytest.mark.parametrize("kind", ["complex64", "int32", "bool", "<U8"])
+def test_compared_arrays_and_parameters_must_be_floating_point_numbers(tampered: Tamper, key: str, kind: str) -> None:
+    """A complex number whose real part is right would else pass."""
+    path = tampered(lambda arrays: arrays.update({key: arrays[key].astype(kind)}))
+    with pytest.raises(BadInput, match=f"cannot be compared: {key} holds {kind}; expected floating-point numbers$"):
+        verify(path)
+
+
+@pytest.mark.parametrize(("floats", "integers"), [(">f4", ">i4"), (">f8", ">i2"), ("float64", "uint64")])
+def test_byte_order_and_width_of_numbers_make_no_difference(tampered: Tamper, floats: str, integers: str) -> None:
+    def change(arrays: Arrays) -> None:
+        for key, array in arrays.items():
+            if array.dtype.kind in "fi":
+                arrays[key] = array.astype(floats if array.dtype.kind == "f" else integers)
+
+    path = tampered(change)
+    assert verify(path) == verify(SOUND) | {"file": str(path)}
+
+
+@pytest.mark.parametrize(
+    ("key", "place", "value", "message"),
+    [
+        ("tokens", (2, 1, 5), 50, "tokens of segment 3 hold 50 in lane 1 at position 5; .* ids 0 to 49$"),
+        ("tokens", (1, 0, 63), -1, "tokens of segment 2 hold -1 in lane 0 at position 63; .* ids 0 to 49$"),
+        ("seg2/targets", (1, 7), 50, "targets of segment 2 hold 50 in lane 1 at position 7; .* ids 0 to 49$"),
+        # Would else count as not predicted.
+        ("seg1/targets", (0, 0), -100, "targets of segment 1 hold -100 in lane 0 at position 0; .* ids 0 to 49$"),
+    ],
+)
+def test_a_token_that_is_none_is_named_with_segment_lane_and_position(
+    tampered: Tamper, key: str, place: tuple[int, ...], value: int, message: str
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        verify(tampered(lambda arrays: arrays[key].__setitem__(place, value)))
+
+
+def test_a_target_that_is_not_predicted_may_be_anything(tampered: Tamper) -> None:
+    def change(arrays: Arrays) -> None:
+        arrays["seg2/targets"][~arrays["seg2/loss_mask"]] = -7
+        assert not arrays["seg2/loss_mask"].all()
+
+    path = tampered(change)
+    assert verify(path) == verify(SOUND) | {"file": str(path)}
+
+
+NOTHING_SO_LARGE = "{} in config_json is {}, but no parameter in the file has more than 64 rows or columns$"
+
+
+@pytest.mark.parametrize("size", [2**20, 2**40, 10**30])
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("vocab_size", NOTHING_SO_LARGE),
+        ("embedding_size", NOTHING_SO_LARGE),
+        ("mlp_dim", NOTHING_SO_LARGE),
+        ("num_heads", NOTHING_SO_LARGE),
+        ("head_size", NOTHING_SO_LARGE),
+        ("recurrent_num_states", NOTHING_SO_LARGE),
+        ("num_layers", "{} in config_json is {}, but the file has 45 parameters$"),
+        ("window_length", "cannot be compared: a segment of 64 tokens is not a positive multiple of the window, {1}$"),
+    ],
+)
+def test_a_size_beyond_everything_in_the_file_is_refused_before_memory_is_asked_for(
+    tampered: Tamper, key: str, message: str, size: int
+) -> None:
+    with pytest.raises(BadInput, match=message.format(key, size)):
+        verify(tampered(change_config(**{key: size})))
+
+
+def test_heads_that_are_too_wide_together_are_refused(tampered: Tamper) -> None:
+    with pytest.raises(BadInput, match="num_heads x head_size in config_json is 4096, but no parameter"):
+        verify(tampered(change_config(num_heads=64, head_size=64)))
 
 
 @pytest.mark.parametrize(

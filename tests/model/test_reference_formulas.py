@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from reference_formulas import LaneMemory, LiteralModel
 from reference_parameters import draw_parameters, parameter_shapes
 from torch import Tensor
 
-from brt_dist.inference.reference_vectors import gradients_of, load_model
+from brt_dist.inference.reference_vectors import gradients_of, model_config, model_with_parameters
 from brt_dist.model.carry import Carry
 
 LIMIT = 1e-11
@@ -93,17 +94,43 @@ CASES = {
     "no recurrence": (SMALL | NO_STATE, TWO_SEGMENTS),
     "window beyond all position buckets": (LONG_WINDOW, [[True, False]]),
 }
+# Rotary positions turn coordinates in pairs.
+PAIRS = SMALL | {"head_size": 4}
+CASES_BEYOND_THE_REFERENCE = {
+    "rotary": (PAIRS | LSTM, THREE_SEGMENTS, {"position": "rotary"}),
+    "rotary, no recurrence": (PAIRS | NO_STATE, THREE_SEGMENTS, {"position": "rotary"}),
+    "rotary, one block in a segment": (PAIRS | layers(2, 1), ONE_BLOCK_EACH, {"position": "rotary"}),
+    "rotary, feedback": (PAIRS | FEEDBACK | layers(3, 1), THREE_SEGMENTS, {"position": "rotary"}),
+    "rotary, feedback, two recurrent layers": (PAIRS | SINGLE | FEEDBACK, THREE_SEGMENTS, {"position": "rotary"}),
+    "no positions": (SMALL | DUAL, THREE_SEGMENTS, {"position": "none"}),
+    "no positions, feedback": (SMALL | LSTM | FEEDBACK | layers(3, 1), THREE_SEGMENTS, {"position": "none"}),
+    "logits by the vocabulary": (SMALL | layers(2, 1), TWO_SEGMENTS, {"logit_scale": "sqrt_vocab"}),
+    "rotary, feedback, logits by the vocabulary": (
+        PAIRS | LSTM | DUAL | FEEDBACK,
+        THREE_SEGMENTS,
+        {"position": "rotary", "logit_scale": "sqrt_vocab"},
+    ),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_model_equals_the_formulas_written_out_token_by_token(case: str) -> None:
-    config, starts = CASES[case]
+    compare(*CASES[case], {})
+
+
+@pytest.mark.parametrize("case", CASES_BEYOND_THE_REFERENCE)
+def test_the_model_equals_the_formulas_with_what_it_has_beyond_the_reference(case: str) -> None:
+    compare(*CASES_BEYOND_THE_REFERENCE[case])
+
+
+def compare(config: dict[str, Any], starts: list[list[bool]], beyond: dict[str, Any]) -> None:
+    """Logits, carry and gradients, segment by segment. beyond: `position` and `logit_scale`."""
     lanes, length = (2 if config["window_length"] < 100 else 1), len(starts[0]) * config["window_length"]
-    drawn = draw_parameters(config)
-    vectors = {f"param/{name}": value for name, value in drawn.items()} | {"config_json": np.array(json.dumps(config))}
-    model = load_model(vectors).double()
+    drawn = draw_parameters(config, beyond.get("position", "t5"))
+    vectors = {f"param/{name}": value for name, value in drawn.items()}
+    model = model_with_parameters(replace(model_config(config), **beyond), vectors).double()
     literal = LiteralModel(
-        config, {name: torch.from_numpy(value).double().requires_grad_() for name, value in drawn.items()}
+        config, {name: torch.from_numpy(value).double().requires_grad_() for name, value in drawn.items()}, **beyond
     )
     memories = [literal.zeros() for _ in range(lanes)]
     carry = Carry.fresh(model.config, lanes, torch.device("cpu"), torch.float64)
