@@ -59,12 +59,20 @@ class RunConfig:
             raise ConfigError(f"data.segment and model.window: {error}") from error
         if self.model.dtype == "float16":
             raise ConfigError("model.dtype is float16; this version trains in float32 and bfloat16")
-        if self.optimizer.whole_matrices and self.parallel.zero_stage != 0:
+        zero_stage, pipeline = self.parallel.zero_stage, self.parallel.pipeline
+        # Before check_supported, which says of a pipeline to set ZeRO-1: this optimizer could not run there either.
+        if self.optimizer.whole_matrices and (zero_stage != 0 or pipeline > 1):
+            cut = f"parallel.zero_stage {zero_stage} flattens and cuts them"
+            needs_zero = f"parallel.pipeline {pipeline} needs ZeRO, which flattens and cuts them"
             raise ConfigError(
-                f"optimizer.name is {self.optimizer.name}, which looks at whole matrices, and parallel.zero_stage "
-                f"{self.parallel.zero_stage} flattens and cuts them; set parallel.zero_stage=0 (and no pipeline), or "
+                f"optimizer.name is {self.optimizer.name}, which looks at whole matrices, and "
+                f"{cut if zero_stage else needs_zero}; set parallel.zero_stage=0 and parallel.pipeline=1, or "
                 "optimizer.name=adamw"
             )
+        try:
+            self.parallel.check_supported()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         if self.data.lanes % self.parallel.micro_batches:
             raise ConfigError(
                 f"data.lanes is {self.data.lanes}, which parallel.micro_batches {self.parallel.micro_batches} "

@@ -164,7 +164,7 @@ def test_no_two_runs_are_the_same_run() -> None:
 
 def test_every_part_is_included_or_offered() -> None:
     reached = {part.resolve() for path in FILES for part in includes(path)}
-    alternatives = {PARTS / f"{stem}.yaml" for stem in ("optimizer_adamw", "corpus_arxiv", "corpus_github")}
+    alternatives = {PARTS / f"{stem}.yaml" for stem in ("tiny_adamw", "corpus_arxiv", "corpus_github")}
     assert {path for path in PARTS.iterdir() if path not in reached} == alternatives
 
 
@@ -234,6 +234,7 @@ def test_a_composed_size_has_the_papers_number_of_parameters(tmp_path: Path) -> 
     ("part", "alternative"),
     [
         ("optimizer_adafactor", "optimizer_adamw"),
+        ("optimizer_adafactor", "tiny_adamw"),
         ("corpus_pg19", "corpus_arxiv"),
         ("corpus_pg19", "corpus_github"),
     ],
@@ -258,6 +259,23 @@ def test_a_tiny_row_keeps_its_layers_cells_and_proportions(row: str) -> None:
     assert tiny.data.segment * 32 == full.data.segment
     assert tiny.data.segment * tiny.data.lanes * 64 == TOKENS_PER_STEP
     assert count_parameters(tiny.model) < 1_500_000
+
+
+@pytest.mark.parametrize("row", TABLE)
+def test_a_tiny_row_leaves_its_warm_up_early_with_either_optimizer(tmp_path: Path, row: str) -> None:
+    adafactor, adamw = load_run_config(TINY[row]), composed(tmp_path, TINY[row], PARTS / "tiny_adamw.yaml")
+    assert (adafactor.optimizer.name, adamw.optimizer.name) == ("adafactor", "adamw")
+    for run in (adafactor, adamw):
+        assert run.optimizer.warmup_steps <= run.train.steps / 3
+        assert run.optimizer.ignored() == []
+
+
+def test_adamw_takes_steps_of_the_same_relative_size_at_both_widths(tmp_path: Path) -> None:
+    for row, part in ((ROWS["rec_fixed_skip"], "optimizer_adamw"), (TINY["rec_fixed_skip"], "tiny_adamw")):
+        run = composed(tmp_path, row, PARTS / f"{part}.yaml")
+        matrix, embedding = run.model.dim**-0.5, 1.0
+        assert run.optimizer.lr / matrix == pytest.approx(0.032)
+        assert run.optimizer.lr * run.optimizer.embedding_lr_ratio / embedding == pytest.approx(0.032)
 
 
 def test_tiny_rows_read_the_shards_of_the_quickstart() -> None:

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ FACTS = "checkpoint.json"
 PARAMETERS = "parameters.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 _NAME = re.compile(r"step-(\d{8})")
+# What has another name today in recurrent layers of the first version, which knew one gate and one cell.
+_RENAMED = {
+    ".cell.gate.bias_D": ".cell.update.gate.bias_D",
+    ".cell.update.weight": ".cell.update.gate.candidate.weight",
+}
 _CARRY = re.compile(r"carry-(\d+)-(\d+)\.safetensors")
 
 
@@ -141,6 +146,21 @@ def load_optimizer(folder: Path) -> dict[str, Tensor]:
     return _load(folder / OPTIMIZER)
 
 
+def mismatch(held: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> str | None:
+    """How the tensors of a checkpoint are not the wanted ones, in one phrase that begins with a verb; None if they are.
+
+    They are if none lacks, none is more than was wanted, and all have the wanted shapes.
+    """
+    lacking, surplus = [name for name in wanted if name not in held], [name for name in held if name not in wanted]
+    told = [f"{verb} {_list(names)}" for verb, names in (("lacks", lacking), ("has besides", surplus)) if names]
+    if told:
+        return " and ".join(told)
+    for name, shape in wanted.items():
+        if held[name].shape != shape:
+            return f"has {name} of shape {tuple(held[name].shape)} instead of {tuple(shape)}"
+    return None
+
+
 def load_carry(folder: Path, lanes: range) -> dict[str, Tensor]:
     """The carry of `lanes`, by the names of `Carry.tensors`, whoever wrote it. CheckpointError names a lacking lane."""
     rows: dict[str, list[Tensor]] = {}
@@ -165,9 +185,23 @@ def _carry_files(folder: Path) -> list[tuple[Path, range]]:
 
 def _load(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        return {_name_today(name): tensor for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _name_today(name: str) -> str:
+    """The name of a parameter, or `<parameter>/<moment>`, whatever the version that wrote it."""
+    parameter, slash, moment = name.partition("/")
+    for old, new in _RENAMED.items():
+        if parameter.endswith(old):
+            parameter = parameter.removesuffix(old) + new
+    return parameter + slash + moment
+
+
+def _list(names: Sequence[str]) -> str:
+    others = len(names) - 1
+    return names[0] + (f" ({others} more tensor{'s' if others > 1 else ''})" if others else "")
 
 
 def _hash_of(facts: Mapping[str, Any]) -> str:

@@ -69,8 +69,9 @@ def score_documents(
 ) -> list[np.ndarray]:
     """Nats of every predicted position of every document: float32, n + 1 for a document of n tokens.
 
-    Documents keep their order, and their values depend neither on `lanes` and (without `forget_state`) `segment` nor on
-    each other, but for rounding. The model's training mode is as before when this returns, and so is every carry held elsewhere.
+    Documents keep their order, and their values depend neither on `lanes` nor on each other, but for rounding, and not
+    on `segment` either without `forget_state`. The model's training mode is as before when this returns, and so is
+    every carry held elsewhere.
 
     clear_every     the carry is cleared in front of every position that is a multiple of it
     forget_state    the states alone are put back in front of every position that is a multiple of `segment`

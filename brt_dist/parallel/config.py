@@ -26,6 +26,11 @@ class ParallelConfig:
         for name in ("tensor", "pipeline", "micro_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.zero_stage <= 3:
+            raise ValueError(f"parallel.zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
+
+    def check_supported(self) -> None:
+        """ValueError where this layout cannot be run, or not yet."""
         if self.zero_stage == 0 and self.pipeline > 1:
             raise ValueError(
                 f"parallel.zero_stage is 0 with parallel.pipeline {self.pipeline}: the stages of a pipeline are not "
@@ -34,8 +39,8 @@ class ParallelConfig:
         for name in ("tensor", "pipeline"):
             if getattr(self, name) != 1:
                 raise ValueError(f"parallel.{name} is {getattr(self, name)}; this version runs 1 only")
-        if self.zero_stage not in (0, 1, 2):
-            raise ValueError(f"parallel.zero_stage is {self.zero_stage}; this version runs 0, 1 and 2")
+        if self.zero_stage == 3:
+            raise ValueError("parallel.zero_stage is 3; this version runs 0, 1 and 2")
         if self.micro_batch_axis != "lanes":
             raise ValueError("parallel.micro_batch_axis is 'segments'; this version runs 'lanes' only")
 

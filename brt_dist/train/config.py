@@ -54,8 +54,9 @@ class OptimizerConfig:
 
     name                "adamw"; "adafactor": the paper's; "muon": Muon for matrices, AdamW for everything else.
                         The last two look at whole matrices and need parallel.zero_stage 0
-    lr                  AdamW, Muon: the peak, of size 0.001. Adafactor: steps relative to a tensor's own size.
-                        With schedule "rsqrt" a factor instead: the paper trained with 1.0 and 1000 steps of warm-up
+    lr                  AdamW, Muon: the peak, of size 0.001. Adafactor: steps relative to a tensor's own size, 0.01 at
+                        the peak in the reference's later recipe. With schedule "rsqrt" a factor instead: the paper
+                        trained with Adafactor, 1.0 and 1000 steps of warm-up
     schedule            "cosine": behind the warm-up half a cosine, down to `final_lr_ratio` of the peak at the last
                         step;
                         "rsqrt": lr / sqrt(step), whatever the number of steps, with a peak of lr / sqrt(warmup_steps)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brt_dist.checkpoint.files import CheckpointError
+from brt_dist.checkpoint.files import CheckpointError, mismatch
 from brt_dist.data.loader import Batch
 from brt_dist.model.carry import Carry
 from brt_dist.model.transformer import BlockRecurrentTransformer
@@ -247,16 +247,8 @@ class _CastLoss(nn.Module):
 
 
 def _check_tensors(held: Mapping[str, Tensor], wanted: Mapping[str, torch.Size], source: object) -> None:
-    """CheckpointError where a wanted tensor is not held, or has another shape."""
-    if missing := [name for name in wanted if name not in held]:
-        others = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
-        raise CheckpointError(f"{source} is not of this model and optimizer: it lacks {missing[0]}{others}")
-    for name, shape in wanted.items():
-        if held[name].shape != shape:
-            raise CheckpointError(
-                f"{source} is not of this model and optimizer: {name} has shape {tuple(held[name].shape)} there and "
-                f"{tuple(shape)} here"
-            )
+    if found := mismatch(held, wanted):
+        raise CheckpointError(f"{source} is not of this model and optimizer: it {found}")
 
 
 def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], local_rank: int) -> Any:

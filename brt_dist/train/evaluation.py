@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -25,41 +26,54 @@ def evaluate_during_training(
 ) -> dict[str, Any]:
     """Nats per predicted token over the first `limit_tokens` tokens of the first `count` documents.
 
-    `carried`: the carry goes through the whole document. `cleared`: it is cleared in front of every segment. `gap`:
-    what clearing costs. Of a model with recurrent layers also `state_cleared` and `state_gap`: the states alone are put
-    back, the caches stay, so that the gap is what the model owes to its states and not to its caches; left out where
-    no document is longer than a segment. The documents are divided over the data ranks; the training carry is not
-    touched, because carries are values and this makes its own.
+    carried        the carry goes through the whole document
+    cleared        it is cleared in front of every segment
+    gap            what clearing costs: cleared - carried
+    state_cleared  the states alone are put back in front of every segment, the caches stay
+    state_gap      what that costs each token behind the first segment of its document, the only ones that a state put
+                   back can reach; thus what the model owes to its states and not to its caches, however long the
+                   documents are
+
+    The last two only of a model with recurrent layers, and where a document is longer than a segment. The documents are
+    divided over the data ranks; the training carry is not touched, because carries are values and this makes its own.
     """
-    mine = range(processes.data_rank, min(count, len(documents)), processes.data_ranks)
-    chosen = ChosenDocuments(documents, np.asarray(mine, dtype=np.int64))
-    ways: dict[str, dict[str, Any]] = {"carried": {}, "cleared": {"clear_every": segment}}
-    longest = min(limit_tokens, int(np.asarray(documents.lengths[:count]).max(initial=0)) + 1)
-    if model.config.recurrent_layers and longest > segment:
-        ways["state_cleared"] = {"forget_state": True}
-    sums = [0.0]
-    for way in ways.values():
-        nats = (
-            score_documents(
-                model,
-                chosen,
-                eos,
-                lanes=max(1, lanes),
-                segment=segment,
-                device=processes.device,
-                limit_tokens=limit_tokens,
-                **way,
-            )
-            if mine
-            else []
+    indices = np.arange(processes.data_rank, min(count, len(documents)), processes.data_ranks)
+    shown = np.minimum(documents.lengths[:count] + 1, limit_tokens)
+
+    def score(chosen: np.ndarray, **way: Any) -> list[np.ndarray]:
+        """Nats of the documents with the indices `chosen`."""
+        if not len(chosen):
+            return []
+        return score_documents(
+            model,
+            ChosenDocuments(documents, chosen),
+            eos,
+            lanes=max(1, lanes),
+            segment=segment,
+            device=processes.device,
+            limit_tokens=limit_tokens,
+            **way,
         )
-        sums[0] = float(sum(len(each) for each in nats))
-        sums.append(float(sum(each.sum(dtype=np.float64) for each in nats)))
-    tokens, *totals = processes.sum(*sums)
-    figures = {name: total / tokens for name, total in zip(ways, totals, strict=True)}
-    gaps = {
-        name.replace("cleared", "gap"): value - figures["carried"]
-        for name, value in figures.items()
-        if name != "carried"
-    }
-    return {"documents": min(count, len(documents)), "tokens": int(tokens), **figures, **gaps}
+
+    carried, cleared = score(indices), score(indices, clear_every=segment)
+    # In no other document does a state reach beyond the segment that it comes from.
+    is_long = (shown[indices] > segment) & bool(model.config.recurrent_layers)
+    put_back = score(indices[is_long], forget_state=True)
+    kept = [nats for nats, long in zip(carried, is_long, strict=True) if long]
+    tokens, carried_sum, cleared_sum, reached, state_cost = processes.sum(
+        float(shown[indices].sum()),
+        _sum(carried),
+        _sum(cleared),
+        float(sum(len(nats) - segment for nats in kept)),
+        _sum(nats[segment:] for nats in put_back) - _sum(nats[segment:] for nats in kept),
+    )
+    figures = {"carried": carried_sum / tokens, "cleared": cleared_sum / tokens}
+    figures["gap"] = figures["cleared"] - figures["carried"]
+    if reached:
+        figures["state_cleared"] = figures["carried"] + state_cost / tokens
+        figures["state_gap"] = state_cost / reached
+    return {"documents": min(count, len(documents)), "tokens": int(tokens), **figures}
+
+
+def _sum(nats: Iterable[np.ndarray]) -> float:
+    return float(sum(each.sum(dtype=np.float64) for each in nats))

@@ -82,7 +82,7 @@ class Trainer:
         start: Path | None,
     ):
         self.config, self.folder, self.processes = config, folder, processes
-        self.data, self.optimizer = data, optimizer
+        self.model, self.data, self.optimizer = model, data, optimizer
         processes.on_leader(lambda: check_available(optimizer))
         processes.on_leader(lambda: _check_stream(data, model, folder, start))
         self.shards = TokenShards.open(data.shards, "none")
@@ -93,11 +93,12 @@ class Trainer:
         self.carries: Sequence[Carry | None] = [None] * len(self.lanes)
         module = BlockRecurrentTransformer(model)
         initialize(module, config.seed)
+        self.parameter_count = sum(parameter.numel() for parameter in module.parameters())
         self.engine = Engine(module, parallel, optimizer, config.clip_norm, processes, data.lanes)
         if start is not None:
             self._restore(start)
         self.health, self.alarms = StateHealth(module), Alarms()
-        self.flops_per_token = 3 * forward_flops_per_token(model, data.segment)
+        self.flops_per_token = 3 * forward_flops_per_token(model)
         self.peak_flops = peak_flops(processes.device, getattr(torch, model.dtype))
 
     def run(self) -> None:
@@ -190,23 +191,27 @@ class Trainer:
         )
 
     def _introduce(self, report: Reporter) -> None:
-        count = sum(parameter.numel() for parameter in self.engine.model.parameters())
         report.say(
-            f"{count:,} parameters, data ranks: {self.processes.data_ranks}, on {self.processes.device.type}, "
-            f"{self.data.lanes} lanes x {self.data.segment} tokens a step, {len(self.documents)} documents, "
-            f"attention by rung {self._rung()!r}"
+            f"{self.parameter_count:,} parameters, data ranks: {self.processes.data_ranks}, "
+            f"on {self.processes.device.type}, {self.data.lanes} lanes x {self.data.segment} tokens a step, "
+            f"{len(self.documents)} documents, attention by rung {self._rung()!r}"
         )
         if ignored := self.optimizer.ignored():
             keys = ", ".join(f"optimizer.{name}" for name in ignored)
             report.say(f"optimizer {self.optimizer.name} with schedule {self.optimizer.schedule} does not use {keys}")
+        if self.optimizer.warmup_steps >= self.config.steps:
+            report.say(
+                f"the learning rate rises to the last step: optimizer.warmup_steps is {self.optimizer.warmup_steps}, "
+                f"train.steps {self.config.steps}"
+            )
         if self.step:
             report.say(f"going on behind step {self.step}")
         if self.config.evaluate_every and not len(self.validation):
             report.say("no evaluation during training: the validation split holds no document")
 
     def _rung(self) -> str:
-        model = self.engine.model.config
-        return rung_here(self.processes.device, getattr(torch, model.dtype), model.head_dim, model.position == "t5")
+        dtype, t5 = getattr(torch, self.model.dtype), self.model.position == "t5"
+        return rung_here(self.processes.device, dtype, self.model.head_dim, t5)
 
     def _save(self) -> None:
         """Write a checkpoint: rank 0 the parameters and the optimizer, every rank the carry of its lanes."""

@@ -71,6 +71,7 @@ class UnshardedOptimizer(torch.optim.Optimizer):
             part.share()
         for optimizer in self._optimizers:
             optimizer.step()
+        # A view, which would keep the gradient's memory through the next forward pass, when DeepSpeed has let it go.
         for part in self._parts.values():
             part.tensor.grad = None
 

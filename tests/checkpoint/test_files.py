@@ -25,6 +25,7 @@ from brt_dist.checkpoint.files import (
     load_carry,
     load_optimizer,
     load_parameters,
+    mismatch,
     newest_checkpoint,
     read_facts,
     write_tensors,
@@ -58,6 +59,43 @@ def test_what_was_saved_is_loaded_by_name(tmp_path: Path):
     assert torch.equal(load_optimizer(folder)["a.weight/exp_avg"], PARAMETER.T)
     facts = read_facts(folder)
     assert {name: facts[name] for name in ("step", "position", "plan")} == {"step": 6, "position": 6, "plan": "abc"}
+
+
+def test_parameters_and_moments_that_had_other_names_in_the_first_version_are_found_under_todays(tmp_path: Path):
+    then = ["layers.1.cell.gate.bias_D", "layers.1.cell.update.weight", "layers.1.cell.norm.weight"]
+    today = [
+        "layers.1.cell.update.gate.bias_D",
+        "layers.1.cell.update.gate.candidate.weight",
+        "layers.1.cell.norm.weight",
+    ]
+    moments = ("exp_avg", "exp_avg_sq")
+    folder = begin(tmp_path, 6)
+    write_tensors(folder, PARAMETERS, {name: PARAMETER + index for index, name in enumerate(then)})
+    write_tensors(folder, OPTIMIZER, {f"{name}/{moment}": PARAMETER.clone() for name in then for moment in moments})
+    loaded = load_parameters(folder)
+    assert loaded.keys() == set(today)
+    for index, name in enumerate(today):
+        assert torch.equal(loaded[name], PARAMETER + index)
+    assert load_optimizer(folder).keys() == {f"{name}/{moment}" for name in today for moment in moments}
+    write_tensors(folder, PARAMETERS, loaded)
+    assert load_parameters(folder).keys() == set(today)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        ({"a": (2, 3), "b": (4,)}, None),
+        ({"a": (2, 3), "b": (4,), "c": (1,)}, "lacks c"),
+        ({"a": (2, 3)}, "has besides b"),
+        ({"c": (1,), "d": (1,), "e": (1,), "b": (4,)}, "lacks c (2 more tensors) and has besides a"),
+        ({"a": (3, 2), "b": (4,)}, "has a of shape (2, 3) instead of (3, 2)"),
+    ],
+)
+def test_a_mismatch_names_what_lacks_what_is_too_much_and_other_shapes(
+    wanted: dict[str, tuple[int, ...]], told: str | None
+):
+    held = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
+    assert mismatch(held, {name: torch.Size(shape) for name, shape in wanted.items()}) == told
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])

@@ -194,7 +194,22 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path, shards
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"]["dim"] = 24
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(BadInput, match=r"step-00000006 does not fit the model of .*config.yaml"):
+    line = r"step-00000006 does not fit the model of .*config.yaml: it has embedding.weight of shape \(13, 16\) "
+    with pytest.raises(BadInput, match=line + r"instead of \(13, 24\)$"):
+        evaluate([run], out=tmp_path / "out")
+
+
+def test_a_checkpoint_of_another_gate_is_refused_with_the_tensors_that_lack_and_are_too_many(
+    tmp_path: Path, shards: Path
+) -> None:
+    run = make_run(tmp_path / "a", shards)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["gate"] = "lstm"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    gate = r"layers\.1\.cell\.update\.gate"
+    lacks = rf"it lacks {gate}\.input_bias_D \(2 more tensors\)"
+    surplus = rf"has besides {gate}\.bias_D \(1 more tensor\)"
+    with pytest.raises(BadInput, match=rf"{lacks} and {surplus}$"):
         evaluate([run], out=tmp_path / "out")
 
 

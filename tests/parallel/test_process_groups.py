@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
@@ -89,8 +91,29 @@ def test_processes_of_one_mpiexec_choose_the_same_port_without_being_told(monkey
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("tensor", 2), ("pipeline", 2), ("zero_stage", 3), ("zero_stage", -1), ("micro_batches", 0)]
+    ("key", "value"), [("tensor", 0), ("pipeline", -1), ("zero_stage", 4), ("zero_stage", -1), ("micro_batches", 0)]
 )
-def test_a_layout_that_cannot_run_is_refused_by_name(key: str, value: int):
-    with pytest.raises(ValueError, match=rf"parallel\.{key} is {value}"):
+def test_an_impossible_layout_is_refused_by_name(key: str, value: int):
+    with pytest.raises(ValueError, match=rf"parallel\.{key} is {value}; it must be"):
         ParallelConfig(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"tensor": 2}, "parallel.tensor is 2; this version runs 1 only"),
+        ({"pipeline": 2}, "parallel.pipeline is 2; this version runs 1 only"),
+        ({"zero_stage": 3}, "parallel.zero_stage is 3; this version runs 0, 1 and 2"),
+        ({"micro_batch_axis": "segments"}, "parallel.micro_batch_axis is 'segments'; this version runs 'lanes' only"),
+        ({"zero_stage": 0, "pipeline": 2}, "set parallel.zero_stage=1 or parallel.pipeline=1"),
+    ],
+)
+def test_a_layout_that_cannot_run_yet_can_be_named_but_not_run(settings: dict[str, Any], line: str):
+    config = ParallelConfig(**settings)
+    with pytest.raises(ValueError, match=re.escape(line)):
+        config.check_supported()
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_every_zero_stage_below_3_can_run(zero_stage: int):
+    ParallelConfig(zero_stage=zero_stage, micro_batches=4).check_supported()

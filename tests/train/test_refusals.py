@@ -58,15 +58,29 @@ def test_lanes_that_cannot_be_shared_are_refused_with_both_numbers(runs: Runs, r
 
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
-@pytest.mark.parametrize("layout", [(), ("parallel.zero_stage=1",), ("parallel.zero_stage=2",)])
-def test_an_optimizer_of_whole_matrices_is_refused_where_zero_cuts_them(
-    name: str, layout: tuple[str, ...], runs: Runs, refused: Refused
+@pytest.mark.parametrize("pipeline", [1, 2])
+@pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
+def test_an_optimizer_of_whole_matrices_is_refused_with_the_reason_wherever_zero_cuts_them(
+    name: str, stage: int | None, pipeline: int, runs: Runs, refused: Refused
 ):
+    if (stage, pipeline) == (0, 1):
+        assert runs.loaded(f"optimizer.name={name}", "parallel.zero_stage=0").optimizer.name == name
+        return
+    layout = [f"parallel.pipeline={pipeline}"] + ([] if stage is None else [f"parallel.zero_stage={stage}"])
     line = refused(runs.command("run", f"optimizer.name={name}", *layout))
-    stage = layout[0][-1] if layout else "1"
-    assert f"optimizer.name is {name}, which looks at whole matrices" in line
-    assert f"parallel.zero_stage {stage} flattens and cuts them" in line
-    assert "set parallel.zero_stage=0 (and no pipeline)" in line
+    assert f"optimizer.name is {name}, which looks at whole matrices, and " in line
+    if stage == 0:
+        assert "parallel.pipeline 2 needs ZeRO, which flattens and cuts them" in line
+    else:
+        assert f"parallel.zero_stage {1 if stage is None else stage} flattens and cuts them" in line
+    assert "set parallel.zero_stage=0 and parallel.pipeline=1, or optimizer.name=adamw" in line
+    assert not (runs.folder / "run").exists()
+
+
+@pytest.mark.parametrize("override", ["parallel.pipeline=2", "parallel.zero_stage=3", "parallel.tensor=2"])
+def test_a_layout_of_later_versions_is_refused_by_name(override: str, runs: Runs, refused: Refused):
+    key, value = override.split("=")
+    assert f"{key} is {value}; this version runs" in refused(runs.command("run", override))
     assert not (runs.folder / "run").exists()
 
 

@@ -104,6 +104,37 @@ def test_a_run_that_diverges_stops_with_one_line_and_keeps_no_step_of_it(
     assert [path.name for path in (runs.folder / "run" / "checkpoints").iterdir()] == ["step-00000005"]
 
 
+@pytest.mark.parametrize(("warmup", "told"), [(2, False), (3, True), (1000, True)])
+def test_a_run_says_that_its_learning_rate_only_rises(
+    runs: Runs, warmup: int, told: bool, capsys: pytest.CaptureFixture[str]
+):
+    assert main(runs.command("run", "train.steps=3", f"optimizer.warmup_steps={warmup}")) == 0
+    line = f"the learning rate rises to the last step: optimizer.warmup_steps is {warmup}, train.steps 3"
+    assert (line in capsys.readouterr().err.splitlines()) == told
+
+
+def test_a_run_is_introduced_without_asking_for_a_copy_of_its_model(runs: Runs, monkeypatch: pytest.MonkeyPatch):
+    class CopyingEngine(IdleEngine):
+        def __getattribute__(self, name: str) -> Any:
+            if name == "model":
+                raise AssertionError("a copy of the model is made")
+            return super().__getattribute__(name)
+
+        def __init__(self, model: BlockRecurrentTransformer, *_: Any):
+            self.parts = model
+
+        def step(self, batches: Sequence[Batch], *_: Any) -> tuple[StepResult, list[Carry]]:
+            cpu = torch.device("cpu")
+            config = self.parts.config
+            return StepResult(1.0, 0.5), [Carry.fresh(config, len(b.tokens_BL), cpu, torch.float32) for b in batches]
+
+        def parameters(self) -> dict[str, Tensor]:
+            return {}
+
+    monkeypatch.setattr(trainer, "Engine", CopyingEngine)
+    assert main(runs.command("run", "train.steps=1")) == 0
+
+
 class ReadingEngine(IdleEngine):
     """Reads the batches, so that there is something to listen to, with tokens that take nothing from the state."""
 
@@ -134,7 +165,7 @@ def test_a_run_warns_once_of_every_sign_that_its_state_is_dead(
         "warning at step 6: the state",
     ]
     assert [line["step"] for line in runs.metrics("run") if "state_attention/1" in line] == [4, 8, 12]
-    assert [line["state_gap"] for line in runs.evaluations("run")] == [0.0] * 4
+    assert [line["state_gap"] for line in runs.evaluations("run")] == pytest.approx([0.0] * 4, abs=1e-6)
 
 
 def test_documents_within_one_segment_say_nothing_about_what_a_state_is_worth_beyond_it(
