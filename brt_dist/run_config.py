@@ -59,24 +59,23 @@ class RunConfig:
             raise ConfigError(f"data.segment and model.window: {error}") from error
         if self.model.dtype == "float16":
             raise ConfigError("model.dtype is float16; this version trains in float32 and bfloat16")
-        zero_stage, pipeline = self.parallel.zero_stage, self.parallel.pipeline
-        # Before check_supported, which says of a pipeline to set ZeRO-1: this optimizer could not run there either.
-        if self.optimizer.whole_matrices and (zero_stage != 0 or pipeline > 1):
-            cut = f"parallel.zero_stage {zero_stage} flattens and cuts them"
-            needs_zero = f"parallel.pipeline {pipeline} needs ZeRO, which flattens and cuts them"
+        parallel = self.parallel
+        # Before check_combination, which says of a pipeline to set ZeRO-1: this optimizer could not run there either.
+        if self.optimizer.whole_matrices and (parallel.zero_stage != 0 or parallel.pipeline > 1 or parallel.tensor > 1):
             raise ConfigError(
-                f"optimizer.name is {self.optimizer.name}, which looks at whole matrices, and "
-                f"{cut if zero_stage else needs_zero}; set parallel.zero_stage=0 and parallel.pipeline=1, or "
-                "optimizer.name=adamw"
+                f"optimizer.name is {self.optimizer.name}, which looks at whole matrices, and {_what_cuts(parallel)}; "
+                "set parallel.zero_stage=0, parallel.tensor=1 and parallel.pipeline=1, or optimizer.name=adamw"
             )
         try:
-            self.parallel.check_supported()
+            parallel.check_combination()
+            parallel.check_model(self.model)
+            parallel.check_segment(self.data.segment)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        if self.data.lanes % self.parallel.micro_batches:
+        if self.data.lanes % parallel.lane_groups:
             raise ConfigError(
-                f"data.lanes is {self.data.lanes}, which parallel.micro_batches {self.parallel.micro_batches} "
-                "does not divide"
+                f"data.lanes is {self.data.lanes}, which parallel.micro_batches {parallel.micro_batches} does not "
+                "divide"
             )
 
     def check_world(self, world_size: int) -> None:
@@ -85,11 +84,12 @@ class RunConfig:
             ranks = self.parallel.data_ranks(world_size)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        micro_batches = self.parallel.micro_batches
-        if self.data.lanes % (ranks * micro_batches):
+        groups = self.parallel.lane_groups
+        if self.data.lanes % (ranks * groups):
+            by_micro_batches = f" x parallel.micro_batches {groups}" if self.parallel.segments_per_step == 1 else ""
             raise ConfigError(
-                f"data.lanes is {self.data.lanes}, which {ranks} data ranks x parallel.micro_batches {micro_batches} "
-                f"= {ranks * micro_batches} does not divide"
+                f"data.lanes is {self.data.lanes}, which {ranks} data ranks{by_micro_batches} = {ranks * groups} does "
+                "not divide"
             )
 
     def require(self, *keys: str) -> None:
@@ -102,6 +102,15 @@ class RunConfig:
     def as_dict(self) -> Sections:
         """Every key of every section with its value, as YAML and JSON hold it; load_run_config accepts it again."""
         return {section: _as_plain(values) for section, values in asdict(self).items()}
+
+
+def _what_cuts(parallel: ParallelConfig) -> str:
+    """Why this layout has no whole matrices."""
+    if parallel.zero_stage:
+        return f"parallel.zero_stage {parallel.zero_stage} flattens and cuts them"
+    if parallel.pipeline > 1:
+        return f"parallel.pipeline {parallel.pipeline} needs ZeRO, which flattens and cuts them"
+    return f"parallel.tensor {parallel.tensor} cuts them"
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

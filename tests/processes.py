@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -80,18 +81,22 @@ def _free_port() -> str:
 
 def _main(commands: list[list[str]]) -> None:
     from brt_dist.cli import main
-    from brt_dist.parallel.config import ParallelConfig
-    from brt_dist.parallel.launcher import read_launch
-    from brt_dist.parallel.process_groups import joined
+    from brt_dist.parallel.launcher import Launch, read_launch
+    from brt_dist.parallel.process_groups import connected, lay_out
     from brt_dist.train import trainer
 
-    with joined(read_launch(), ParallelConfig()) as processes:
-        trainer.joined = lambda *_: nullcontext(processes)  # type: ignore[assignment]
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    with connected(read_launch()) as device:
+
+        def lay_out_only(launch: Launch, parallel: Any, told: Any = None) -> Any:
+            return nullcontext(lay_out(launch, parallel, device, told))
+
+        trainer.joined = lay_out_only  # type: ignore[assignment]
         for arguments in commands:
             output = StringIO()
             with redirect_stdout(output), redirect_stderr(output):
                 status = main(arguments)
-            if processes.leads:
+            if read_launch().rank == 0:
                 print(json.dumps([status, output.getvalue()]), flush=True)
 
 

@@ -6,7 +6,8 @@
       carry-00000-00004.safetensors the carry of lanes 0 to 3, by layer; one file for each group that wrote it
       checkpoint.json               step, position and what else is needed to go on; size and hash of every file
 
-Nothing in it depends on the number of processes.
+Each stage of a pipeline writes files of its own, `parameters-layers-006-012.safetensors` and so on. How tensors are
+spread over files is all that depends on the processes that wrote them; readers see the names alone.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 FACTS = "checkpoint.json"
@@ -34,7 +35,7 @@ _RENAMED = {
     ".cell.gate.bias_D": ".cell.update.gate.bias_D",
     ".cell.update.weight": ".cell.update.gate.candidate.weight",
 }
-_CARRY = re.compile(r"carry-(\d+)-(\d+)\.safetensors")
+_CARRY = re.compile(r"carry-(\d+)-(\d+)(?:-layers-\d+-\d+)?\.safetensors")
 
 
 class CheckpointError(ValueError):
@@ -65,9 +66,18 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Non
         raise CheckpointError(f"{folder / name} cannot be written: {error}") from error
 
 
-def carry_file(lanes: range) -> str:
-    """The name of the file that holds the carry of `lanes`, global numbers."""
-    return f"carry-{lanes.start:05d}-{lanes.stop:05d}.safetensors"
+def part_file(kind: str, layers: range | None = None) -> str:
+    """The file of `kind`, PARAMETERS or OPTIMIZER; layers: those of the stage that writes it, None for all of them."""
+    return f"{Path(kind).stem}{_of(layers)}.safetensors"
+
+
+def carry_file(lanes: range, layers: range | None = None) -> str:
+    """The file that holds the carry of `lanes`, global numbers; layers: as for `part_file`."""
+    return f"carry-{lanes.start:05d}-{lanes.stop:05d}{_of(layers)}.safetensors"
+
+
+def _of(layers: range | None) -> str:
+    return "" if layers is None else f"-layers-{layers.start:03d}-{layers.stop:03d}"
 
 
 def finish(partial: Path, facts: Mapping[str, Any]) -> Path:
@@ -136,18 +146,48 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
+class TensorFiles(Mapping[str, Tensor]):
+    """The tensors of several safetensors files by name; each is read when it is asked for."""
+
+    def __init__(self, folder: Path, kind: str):
+        """The files of `kind`, PARAMETERS or OPTIMIZER. CheckpointError where one cannot be read, or none is there."""
+        self._places: dict[str, tuple[Path, str]] = {}
+        self.shapes: dict[str, torch.Size] = {}
+        for path in sorted(folder.glob(f"{Path(kind).stem}*.safetensors")) or [folder / kind]:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                        self._places[_name_today(name)] = path, name
+                        self.shapes[_name_today(name)] = torch.Size(file.get_slice(name).get_shape())
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, stored = self._places[name]
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(stored)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
 def load_parameters(folder: Path) -> dict[str, Tensor]:
-    """Every parameter by name, float32."""
-    return _load(folder / PARAMETERS)
+    """Every parameter by name, float32, whichever processes wrote them."""
+    return dict(TensorFiles(folder, PARAMETERS))
 
 
 def load_optimizer(folder: Path) -> dict[str, Tensor]:
     """The optimizer's moments by `<parameter>/<moment>`, float32."""
-    return _load(folder / OPTIMIZER)
+    return dict(TensorFiles(folder, OPTIMIZER))
 
 
-def mismatch(held: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> str | None:
-    """How the tensors of a checkpoint are not the wanted ones, in one phrase that begins with a verb; None if they are.
+def mismatch(held: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> str | None:
+    """How the tensors of a checkpoint, by their shapes, are not the wanted ones, in one phrase that begins with a verb;
+    None if they are.
 
     They are if none lacks, none is more than was wanted, and all have the wanted shapes.
     """
@@ -156,38 +196,38 @@ def mismatch(held: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> st
     if told:
         return " and ".join(told)
     for name, shape in wanted.items():
-        if held[name].shape != shape:
-            return f"has {name} of shape {tuple(held[name].shape)} instead of {tuple(shape)}"
+        if held[name] != shape:
+            return f"has {name} of shape {tuple(held[name])} instead of {tuple(shape)}"
     return None
 
 
-def load_carry(folder: Path, lanes: range) -> dict[str, Tensor]:
-    """The carry of `lanes`, by the names of `Carry.tensors`, whoever wrote it. CheckpointError names a lacking lane."""
+def load_carry(folder: Path, lanes: range, layers: range | None = None) -> dict[str, Tensor]:
+    """The carry of `lanes`, by the names of `Carry.tensors`, whoever wrote it. CheckpointError names a lacking lane.
+
+    layers: only theirs.
+    """
     rows: dict[str, list[Tensor]] = {}
-    next_lane = lanes.start
+    reached: dict[str, int] = {}
     for path, held in sorted(_carry_files(folder), key=lambda item: item[1].start):
-        wanted = range(max(held.start, next_lane), min(held.stop, lanes.stop))
-        if wanted and wanted.start == next_lane:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                if layers is not None and int(name.split(".")[1]) not in layers:
+                    continue
+                next_lane = reached.setdefault(name, lanes.start)
+                wanted = range(max(held.start, next_lane), min(held.stop, lanes.stop))
+                if wanted and wanted.start == next_lane:
                     part = file.get_slice(name)[wanted.start - held.start : wanted.stop - held.start]
                     rows.setdefault(name, []).append(part)
-            next_lane = wanted.stop
-    if next_lane != lanes.stop:
-        raise CheckpointError(f"{folder} holds no carry of lane {next_lane}")
+                    reached[name] = wanted.stop
+    lacking = min(reached.values(), default=lanes.start)
+    if lacking != lanes.stop:
+        raise CheckpointError(f"{folder} holds no carry of lane {lacking}")
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
 def _carry_files(folder: Path) -> list[tuple[Path, range]]:
     matches = [(path, _CARRY.fullmatch(path.name)) for path in folder.iterdir()]
     return [(path, range(int(match[1]), int(match[2]))) for path, match in matches if match]
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return {_name_today(name): tensor for name, tensor in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _name_today(name: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import yaml
 
-from brt_dist.checkpoint.files import load_parameters, mismatch, newest_checkpoint
+from brt_dist.checkpoint.files import PARAMETERS, TensorFiles, mismatch, newest_checkpoint
 from brt_dist.data.atomic_file import whole_file, write_json
 from brt_dist.data.errors import BadInput
 from brt_dist.data.token_shards import SPLITS, Documents, TokenShards
@@ -107,10 +107,10 @@ def load_run(folder: Path, label: str | None = None) -> FinishedRun:
 def load_model(run: FinishedRun, device: torch.device) -> BlockRecurrentTransformer:
     """The run's model with the parameters of its checkpoint, ready to score; BadInput where they do not fit."""
     model = BlockRecurrentTransformer(run.model)
-    parameters = load_parameters(run.checkpoint)
-    if found := mismatch(parameters, {name: tensor.shape for name, tensor in model.state_dict().items()}):
+    parameters = TensorFiles(run.checkpoint, PARAMETERS)
+    if found := mismatch(parameters.shapes, {name: tensor.shape for name, tensor in model.state_dict().items()}):
         raise BadInput(f"{run.checkpoint} does not fit the model of {run.folder / 'config.yaml'}: it {found}")
-    model.load_state_dict(parameters)
+    model.load_state_dict(dict(parameters))
     return model.to(device).eval()
 
 

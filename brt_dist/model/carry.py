@@ -56,16 +56,19 @@ class Carry:
         """
         return self.map(lambda tensor: tensor.detach().clone())
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by name, `layers.3.keys`, `layers.3.values` and `layers.3.state`."""
+    def tensors(self, first: int = 0) -> dict[str, Tensor]:
+        """Its tensors by name, `layers.3.keys`, `layers.3.values` and `layers.3.state`.
+
+        first: the number of its first layer, where it is the carry of a part of the model.
+        """
         return {
             f"layers.{index}.{name}": tensor
-            for index, layer in enumerate(self.layers)
+            for index, layer in enumerate(self.layers, first)
             for name, tensor in layer.tensors().items()
         }
 
     @classmethod
-    def from_tensors(cls, named: Mapping[str, Tensor]) -> Carry:
+    def from_tensors(cls, named: Mapping[str, Tensor], first: int = 0) -> Carry:
         """The inverse of `tensors`, of a plain model; KeyError where keys or values are missing, or for other names."""
         indices = {int(name.split(".")[1]) for name in named}
         if others := {name.split(".")[2] for name in named} - {"keys", "values", "state"}:
@@ -73,7 +76,7 @@ class Carry:
         return cls(
             tuple(
                 LayerCarry(named[f"layers.{i}.keys"], named[f"layers.{i}.values"], named.get(f"layers.{i}.state"))
-                for i in range(max(indices, default=-1) + 1)
+                for i in range(first, max(indices, default=first - 1) + 1)
             )
         )
 
@@ -84,17 +87,27 @@ class Carry:
         return cls.from_tensors({name: torch.cat([each[name] for each in named]) for name in named[0]})
 
     @classmethod
-    def fresh(cls, config: ModelConfig, lanes: int, device: torch.device, dtype: torch.dtype) -> Carry:
+    def fresh(
+        cls,
+        config: ModelConfig,
+        lanes: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        layers: Sequence[int] | None = None,
+        heads: int | None = None,
+    ) -> Carry:
         """Zeros for `lanes` lanes. The learned initial state takes their place where a start is set.
 
         The state is float32 whatever the dtype: a gate near 1 would lose small updates in bfloat16.
+        layers: the numbers of those whose carry it is, all by default. heads: how many of each, all by default.
         """
-        cache_BWHK = torch.zeros(lanes, config.window, config.num_heads, config.head_dim, device=device, dtype=dtype)
+        heads = config.num_heads if heads is None else heads
+        cache_BWHK = torch.zeros(lanes, config.window, heads, config.head_dim, device=device, dtype=dtype)
         state_dtype = torch.promote_types(dtype, torch.float32)
         state_BSD = torch.zeros(lanes, config.num_states, config.dim, device=device, dtype=state_dtype)
         return cls(
             tuple(
                 LayerCarry(cache_BWHK, cache_BWHK, state_BSD if index in config.recurrent_layers else None)
-                for index in range(config.num_layers)
+                for index in (range(config.num_layers) if layers is None else layers)
             )
         )

@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from brt_dist.model.carry import LayerCarry
 from brt_dist.model.config import ModelConfig
+from brt_dist.model.recompute import Recompute
 from brt_dist.model.recurrent_layer import RecurrentLayer
 from brt_dist.model.transformer_layer import TokenViews, TransformerLayer, unit
 from brt_dist.model.window_attention import pair_blocks
@@ -140,6 +141,7 @@ class RememberingLayer(nn.Module):
 
     def __init__(self, layer: TransformerLayer | RecurrentLayer, config: ModelConfig, factor: int):
         super().__init__()
+        self.recompute = Recompute()
         self.layer = layer
         self.memory = CompressedMemory(config, factor)
 

@@ -20,6 +20,7 @@ class ModelConfig:
     feedback           all other layers read the (last) recurrent layer's state, too; the stack runs block by block
     position           of the token self-attention: T5 relative bias, rotary, or none
     logit_scale        what logits are divided by: sqrt(dim) or sqrt(vocab_size)
+    tie_embeddings     the head's rows are the embedding's (paper); false gives the head a matrix of its own
     dtype              of weights and activations in training (`brt train`), as torch names it; the state and its gates
                        are float32 in any case, and so is a model as it is constructed
     """
@@ -39,6 +40,7 @@ class ModelConfig:
     feedback: bool = False
     dropout: float = 0.0
     logit_scale: Literal["sqrt_dim", "sqrt_vocab"] = "sqrt_dim"
+    tie_embeddings: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ Dimension key
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +31,11 @@ def run_with_feedback(
     At least one layer recurs. Where several do, each reads its own state and the other layers the last one's.
     """
     window = x_BLD.shape[1] // starts_BC.shape[1]
+    together = cast(TransformerLayer | RecurrentLayer, layers[0]).recompute
     outputs = []
     for block, x_BWD in enumerate(x_BLD.split(window, dim=1)):
-        x_BWD, carry = _run_block(layers, x_BWD, carry, starts_BC[:, block])
+        # Layers that read each other's state can only be computed again together.
+        x_BWD, carry = together.layer(_run_block, layers, x_BWD, carry, starts_BC[:, block])
         outputs.append(x_BWD)
     return torch.cat(outputs, dim=1), carry
 

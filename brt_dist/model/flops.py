@@ -11,15 +11,25 @@ def forward_flops_per_token(config: ModelConfig) -> float:
     Counted are matrix products and the attention that a token really sees: W tokens and S states, and for each of the
     S states of a block, S states and 2W tokens.
     """
+    return sum(layer_flops(config, index) for index in range(config.num_layers)) + head_flops(config)
+
+
+def layer_flops(config: ModelConfig, index: int) -> float:
+    """Of one layer in a forward pass, per token; a recurrent one costs about twice an ordinary one."""
     inner = config.num_heads * config.head_dim
-    ordinary = 2 * (3 * config.dim * inner + inner * config.dim + 2 * config.dim * config.mlp_dim)
-    ordinary += 4 * config.window * inner
-    reading = 2 * 2 * config.dim * inner + 4 * config.num_states * inner
-    readers = config.num_layers if config.feedback else len(config.recurrent_layers)
-    states_per_token = config.num_states / config.window
-    recurrent = _flops_per_state(config) * states_per_token
-    head = 2 * config.dim * config.vocab_size
-    return config.num_layers * ordinary + readers * reading + len(config.recurrent_layers) * recurrent + head
+    recurs = index in config.recurrent_layers
+    flops: float = 2 * (3 * config.dim * inner + inner * config.dim + 2 * config.dim * config.mlp_dim)
+    flops += 4 * config.window * inner
+    if recurs or config.feedback:
+        flops += 2 * 2 * config.dim * inner + 4 * config.num_states * inner
+    if recurs:
+        flops += _flops_per_state(config) * config.num_states / config.window
+    return flops
+
+
+def head_flops(config: ModelConfig) -> float:
+    """Of the head in a forward pass, per token."""
+    return 2 * config.dim * config.vocab_size
 
 
 def _flops_per_state(config: ModelConfig) -> float:

@@ -10,7 +10,6 @@ Dimension key
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brt_dist.model.config import ModelConfig
@@ -64,8 +63,7 @@ class LSTMGate(nn.Module):
 
     def openness(self, hidden_BSI: Tensor) -> Tensor:
         """The mean share of the candidate that comes in, a scalar between 0 and 1."""
-        _, input_weight, _ = self.candidate_and_gates.weight.chunk(3)
-        input_BSD = F.linear(hidden_BSI, input_weight)
+        _, input_BSD, _ = self.candidate_and_gates(hidden_BSI)
         return torch.sigmoid(input_BSD.float() + self.input_bias_D - 1).mean()
 
 

@@ -27,6 +27,7 @@ GATE_MATRIX = Normal(variance=0.1, truncated=True)
 # By name, the first pattern that fits. Several distributions: one for each matrix of a stack.
 DISTRIBUTIONS: dict[str, tuple[Normal, ...]] = {
     "embedding.weight": (Normal(0.0, 1.0),),
+    "head.weight": (Normal(0.0, 1.0),),
     "*norm.weight": (Normal(1.0, 0.0),),
     "*scale_H": (Normal(1.0, 0.0),),
     "*.bias.table": (Normal(0.0, 0.0),),
@@ -49,17 +50,18 @@ def initialize(model: nn.Module, seed: int) -> None:
     """
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
-            digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
             with torch.no_grad():
-                parameter.copy_(_draw(name, parameter, generator))
+                parameter.copy_(initial_value(name, parameter.shape, seed))
 
 
-def _draw(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
+def initial_value(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """What the parameter `name`, whole, begins with: float32, on the CPU. KeyError where the table doesn't know it."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     found = next((values for pattern, values in DISTRIBUTIONS.items() if fnmatch(name, pattern)), None)
     if found is None:
         raise KeyError(f"no initial value is known for parameter {name}")
-    values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+    values = torch.empty(shape, dtype=torch.float32, device="cpu")
     for part, normal in zip(values.chunk(len(found)), found, strict=True):
         _fill(part, normal, generator)
     return values

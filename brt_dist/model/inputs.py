@@ -63,11 +63,13 @@ def check_starts(starts_BC: Tensor, lanes: int, blocks: int, device: torch.devic
         raise ValueError(f"starts are on {starts_BC.device}, the model on {device}")
 
 
-def check_carry(carry: Carry, config: ModelConfig, lanes: int, device: torch.device, dtype: torch.dtype) -> None:
+def check_carry(
+    carry: Carry, config: ModelConfig, lanes: int, device: torch.device, dtype: torch.dtype, heads: int
+) -> None:
     """ValueError, naming tensor and numbers, unless `carry` is what this model returns for `lanes` lanes."""
     if not isinstance(carry, Carry):
         raise ValueError(f"the carry is a {type(carry).__name__}; expected the Carry that an earlier call returned")
-    expected = Carry.fresh(config, lanes, torch.device("meta"), dtype).tensors()
+    expected = Carry.fresh(config, lanes, torch.device("meta"), dtype, heads=heads).tensors()
     given = carry.tensors()
     if len(carry.layers) != config.num_layers or _states(given) != _states(expected):
         raise ValueError(

@@ -65,14 +65,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden_TD, d_weight_VD = ctx.saved_tensors
         return (
-            _scaled(d_hidden_TD, gradients[0]),
-            _scaled(d_weight_VD, gradients[0]),
+            scaled(d_hidden_TD, gradients[0]),
+            scaled(d_weight_VD, gradients[0]),
             None,
             None,
             None,
         )
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """Their product in the gradient's dtype; the factor itself is not rounded to it, or all gradients would be off."""
     return (gradient * factor.expand(gradient.shape)).to(gradient.dtype)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from brt_dist.model.carry import LayerCarry
 from brt_dist.model.config import ModelConfig
+from brt_dist.model.recompute import Recompute
 from brt_dist.model.stacked_linear import StackedLinear
 from brt_dist.model.state_update import StateNorm, make_update
 from brt_dist.model.transformer_layer import TransformerLayer, unit
@@ -72,6 +73,7 @@ class RecurrentLayer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.recompute = Recompute()
         self.tokens = TransformerLayer(config, reads_state=True)
         self.cell = RecurrentCell(config)
         self.initial_state_SD = nn.Parameter(torch.zeros(config.num_states, config.dim))

@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brt_dist.model.carry import Carry
 from brt_dist.model.config import ModelConfig
 from brt_dist.model.feedback import run_with_feedback
+from brt_dist.model.head import Head
 from brt_dist.model.initialization import initialize
 from brt_dist.model.inputs import check_carry, check_starts, check_targets, check_tokens
-from brt_dist.model.loss import linear_cross_entropy
 from brt_dist.model.recurrent_layer import RecurrentLayer
 from brt_dist.model.transformer_layer import EPSILON, SharedDropout, TransformerLayer
 
@@ -42,14 +41,12 @@ class BlockRecurrentTransformer(nn.Module):
         seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(
-            RecurrentLayer(config)
-            if index in config.recurrent_layers
-            else TransformerLayer(config, reads_state=config.feedback)
-            for index in range(config.num_layers)
-        )
+        self.layers = nn.ModuleList(make_layer(config, index) for index in range(config.num_layers))
         self.final_norm = nn.RMSNorm(config.dim, eps=EPSILON)
         self.dropout = SharedDropout(config.dropout)
+        self.head = Head(config)
+        # Of the cache: all of them, or the share of a model that was cut by heads.
+        self.cached_heads = config.num_heads
         initialize(self, seed)
 
     def forward(self, tokens: Tensor, carry: Carry | None = None, starts: Tensor | None = None) -> tuple[Tensor, Carry]:
@@ -58,7 +55,7 @@ class BlockRecurrentTransformer(nn.Module):
         ValueError, of one line, where inputs don't fit the model or each other.
         """
         hidden_BLD, carry = self.hidden(tokens, carry, starts)
-        return F.linear(hidden_BLD, self.embedding.weight) / self.config.logit_divisor, carry
+        return self.head.logits(hidden_BLD, self.head.rows(self.embedding)), carry
 
     def loss(
         self, tokens: Tensor, targets: Tensor, carry: Carry | None = None, starts: Tensor | None = None
@@ -69,10 +66,8 @@ class BlockRecurrentTransformer(nn.Module):
         """
         check_targets(targets, tokens, self.config.vocab_size)
         hidden_BLD, carry = self.hidden(tokens, carry, starts)
-        nats, nats_T = linear_cross_entropy(
-            hidden_BLD.flatten(0, 1), self.embedding.weight, targets.flatten().long(), self.config.logit_divisor
-        )
-        return nats, nats_T.view_as(targets), carry
+        nats, nats_BL = self.head.loss(hidden_BLD, self.head.rows(self.embedding), targets)
+        return nats, nats_BL, carry
 
     @torch.no_grad()
     def token_losses(
@@ -101,10 +96,10 @@ class BlockRecurrentTransformer(nn.Module):
             starts_BC = torch.zeros(lanes, blocks, dtype=torch.bool, device=device)
         check_starts(starts_BC, lanes, blocks, device)
         if carry is None:
-            carry = Carry.fresh(self.config, lanes, device, dtype)
+            carry = Carry.fresh(self.config, lanes, device, dtype, heads=self.cached_heads)
             starts_BC = starts_BC.clone()
             starts_BC[:, 0] = True
-        check_carry(carry, self.config, lanes, device, dtype)
+        check_carry(carry, self.config, lanes, device, dtype, self.cached_heads)
         run = run_with_feedback if self.config.feedback else run_layers
         x_BLD, carry = run(list(self.layers), self.embedding(tokens_BL), carry, starts_BC)
         return self.dropout(self.final_norm(x_BLD)), carry.detach()
@@ -118,10 +113,17 @@ class BlockRecurrentTransformer(nn.Module):
         return weight.dtype
 
 
+def make_layer(config: ModelConfig, index: int) -> RecurrentLayer | TransformerLayer:
+    """The layer with that number, counted from 0."""
+    if index in config.recurrent_layers:
+        return RecurrentLayer(config)
+    return TransformerLayer(config, reads_state=config.feedback)
+
+
 def run_layers(layers: Sequence[nn.Module], x_BLD: Tensor, carry: Carry, starts_BC: Tensor) -> tuple[Tensor, Carry]:
     """One layer after the other, each over the whole segment: its output, and the carry, not detached."""
     carries = []
     for layer, layer_carry in zip(layers, carry.layers, strict=True):
-        x_BLD, layer_carry = layer(x_BLD, layer_carry, starts_BC)
+        x_BLD, layer_carry = cast(Any, layer).recompute.layer(layer, x_BLD, layer_carry, starts_BC)
         carries.append(layer_carry)
     return x_BLD, Carry(tuple(carries))

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from brt_dist.model.carry import LayerCarry
 from brt_dist.model.config import ModelConfig
 from brt_dist.model.positions import RelativeBias, rotate
+from brt_dist.model.recompute import Recompute
 from brt_dist.model.stacked_linear import StackedLinear
 from brt_dist.model.window_attention import attend_all, pair_blocks, rung_here, window_attention
 
 EPSILON = 1e-6
+# How many masks of dropout a layer draws in a forward pass.
+MASKS_PER_LAYER = 2
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -79,6 +82,7 @@ class TransformerLayer(nn.Module):
         inner = config.num_heads * config.head_dim
         self.head_dim, self.window, self.position = config.head_dim, config.window, config.position
         self.reads_state = reads_state
+        self.recompute = Recompute()
         self.attention_norm = nn.RMSNorm(config.dim, eps=EPSILON)
         self.projection = StackedLinear(config.dim, inner, parts=4 if reads_state else 3)
         self.scale_H = nn.Parameter(torch.ones(config.num_heads))
@@ -105,6 +109,9 @@ class TransformerLayer(nn.Module):
 
     def attend(self, views: TokenViews, carry: LayerCarry, starts_BC: Tensor) -> Tensor:
         """heads_BLHK of the self-attention."""
+        return self.recompute.attention(self._attend, views, carry, starts_BC)
+
+    def _attend(self, views: TokenViews, carry: LayerCarry, starts_BC: Tensor) -> Tensor:
         queries_BLHK, keys_BLHK, cache_BWHK = views.queries_BLHK, views.keys_BLHK, carry.keys_BWHK
         if self.position == "rotary":
             queries_BLHK, keys_BLHK = rotate(queries_BLHK, 0), rotate(keys_BLHK, 0)
@@ -121,6 +128,9 @@ class TransformerLayer(nn.Module):
 
     def attend_state(self, views: TokenViews, state_keys_BCSHK: Tensor, state_values_BCSHK: Tensor) -> Tensor:
         """heads_BLHK of the attention to the state, which each block reads as it stood in front of that block."""
+        return self.recompute.attention(self._attend_state, views, state_keys_BCSHK, state_values_BCSHK)
+
+    def _attend_state(self, views: TokenViews, state_keys_BCSHK: Tensor, state_values_BCSHK: Tensor) -> Tensor:
         assert views.state_queries_BLHK is not None
         queries = views.state_queries_BLHK.unflatten(1, (-1, self.window)).flatten(0, 1)
         heads = attend_all(
@@ -131,7 +141,8 @@ class TransformerLayer(nn.Module):
     def finish(self, x_BLD: Tensor, *heads_BLHK: Tensor) -> Tensor:
         """Output projection, residual and MLP."""
         x_BLD = x_BLD + self.attention_output(torch.cat([heads.flatten(-2) for heads in heads_BLHK], dim=-1))
-        return x_BLD + self.dropout(self.mlp(self.mlp_norm(x_BLD)))
+        update_BLD = self.recompute.mlp(self.mlp, self.mlp_norm(x_BLD))
+        return x_BLD + self.dropout(update_BLD)
 
     def carry_on(self, views: TokenViews, state_BSD: Tensor | None = None) -> LayerCarry:
         """What the next segment needs of this one."""

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from brt_dist.data.token_shards import Documents
-from brt_dist.inference.documents import ChosenDocuments, score_documents
-from brt_dist.model.transformer import BlockRecurrentTransformer
+from brt_dist.inference.documents import ChosenDocuments, LanguageModel, score_documents
 from brt_dist.parallel.process_groups import Processes
 
 
 def evaluate_during_training(
-    model: BlockRecurrentTransformer,
+    model: LanguageModel,
     documents: Documents,
     eos: int,
     *,
@@ -37,7 +36,7 @@ def evaluate_during_training(
     The last two only of a model with recurrent layers, and where a document is longer than a segment. The documents are
     divided over the data ranks; the training carry is not touched, because carries are values and this makes its own.
     """
-    indices = np.arange(processes.data_rank, min(count, len(documents)), processes.data_ranks)
+    indices = np.arange(processes.data.position, min(count, len(documents)), processes.data.size)
     shown = np.minimum(documents.lengths[:count] + 1, limit_tokens)
 
     def score(chosen: np.ndarray, **way: Any) -> list[np.ndarray]:

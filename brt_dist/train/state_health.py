@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from brt_dist.model.gates import FixedGate, LSTMGate
 from brt_dist.model.recurrent_layer import RecurrentCell, RecurrentLayer
-from brt_dist.model.transformer import BlockRecurrentTransformer
 from brt_dist.model.transformer_layer import TransformerLayer
 from brt_dist.parallel.process_groups import Processes
 
@@ -45,9 +44,10 @@ class StateHealth:
                        a softmax of its own.)
     """
 
-    def __init__(self, model: BlockRecurrentTransformer):
+    def __init__(self, layers: Mapping[int, nn.Module]):
+        """layers: by their numbers in the whole model; tensor ranks may share them."""
         self._probes: dict[str, tuple[nn.Module, Probe]] = {}
-        for index, layer in enumerate(model.layers):
+        for index, layer in layers.items():
             tokens = layer.tokens if isinstance(layer, RecurrentLayer) else layer
             if isinstance(tokens, TransformerLayer) and tokens.reads_state:
                 self._probes[f"state_attention/{index}"] = tokens.attention_output, _state_share
@@ -84,14 +84,15 @@ class Heard:
         return keep
 
     def means(self, processes: Processes) -> dict[str, float]:
-        """The mean of each figure over all that all ranks heard. A collective call, unless nothing was listened to."""
-        if not self._values:
-            return {}
-        sums = [float(torch.stack(values).sum()) if values else 0.0 for values in self._values.values()]
-        counts = [float(len(values)) for values in self._values.values()]
-        totals = processes.sum(*sums, *counts)
-        pairs = zip(totals[: len(sums)], totals[len(sums) :], strict=True)
-        return {name: total / max(1.0, count) for name, (total, count) in zip(self._values, pairs, strict=True)}
+        """The mean of each figure over all that all ranks heard. A collective call of those that listened."""
+        sums = {name: float(torch.stack(values).sum()) if values else 0.0 for name, values in self._values.items()}
+        counts = {f"number of {name}": float(len(values)) for name, values in self._values.items()}
+        totals = processes.sum_named(sums | counts)
+        return {
+            name: total / max(1.0, totals[f"number of {name}"])
+            for name, total in totals.items()
+            if not name.startswith("number of ")
+        }
 
 
 class Alarms:
@@ -136,12 +137,12 @@ def _change(cell: RecurrentCell, inputs: tuple[Any, ...], state_BSD: Tensor) -> 
     return ((state_BSD - before_BSD).flatten(1).norm(dim=1) / length_B).mean()
 
 
-def _state_share(output: nn.Linear, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
+def _state_share(output: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
     # One lane is enough for a mean over thousands of tokens, and costs that much less.
-    tokens_TR, states_TR = inputs[0][0].chunk(2, dim=-1)
-    token_weight, state_weight = output.weight.chunk(2, dim=-1)
+    tokens_1TR, states_1TR = inputs[0][:1].chunk(2, dim=-1)
+    # Through the module itself, since ranks may share it; `forward`, because calling it would be heard again.
     from_tokens_T, from_states_T = (
-        (heads @ weight.T).float().norm(dim=-1)
-        for heads, weight in ((tokens_TR, token_weight), (states_TR, state_weight))
+        output.forward(torch.cat(halves, dim=-1)).float().norm(dim=-1)
+        for halves in ((tokens_1TR, torch.zeros_like(states_1TR)), (torch.zeros_like(tokens_1TR), states_1TR))
     )
     return (from_states_T / (from_tokens_T + from_states_T).clamp(min=1e-12)).mean()

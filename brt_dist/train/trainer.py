@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,20 @@ from brt_dist.data.errors import BadInput
 from brt_dist.data.lanes import LanePlan, plan_lanes
 from brt_dist.data.loader import Loader
 from brt_dist.data.token_shards import TokenShards
-from brt_dist.model.carry import Carry
 from brt_dist.model.config import ModelConfig
 from brt_dist.model.flops import forward_flops_per_token
-from brt_dist.model.initialization import initialize
-from brt_dist.model.transformer import BlockRecurrentTransformer
 from brt_dist.model.window_attention import rung_here
+from brt_dist.parallel.agreement import versions
 from brt_dist.parallel.config import ParallelConfig
 from brt_dist.parallel.launcher import read_launch
+from brt_dist.parallel.parallelize import whole_shapes
 from brt_dist.parallel.process_groups import Processes, joined
+from brt_dist.parallel.stage_scorer import StageScorer
 from brt_dist.train.config import OptimizerConfig, RunFolderConfig, TrainConfig
 from brt_dist.train.engine import Engine, StepResult
 from brt_dist.train.evaluation import evaluate_during_training
 from brt_dist.train.metrics import Reporter, peak_flops
+from brt_dist.train.micro_batches import predicted_tokens
 from brt_dist.train.optimizer import check_available, learning_rate
 from brt_dist.train.run_folder import VERIFIED, check_run_folder, read_stream, write_config
 from brt_dist.train.state_health import Alarms, StateHealth
@@ -51,7 +52,7 @@ def train(
     BadInput or CheckpointError where something doesn't fit; nothing is overwritten then.
     """
     folder = Path(run.dir)
-    with joined(read_launch(), parallel) as processes:
+    with joined(read_launch(), parallel, _told(resolved)) as processes:
         start = processes.on_leader(lambda: _find_start(folder, resolved))
         if start is not None and checkpoints.read_facts(start)["step"] >= train.steps:
             if processes.leads:
@@ -60,6 +61,12 @@ def train(
         trainer = Trainer(model, data, parallel, optimizer, train, folder, processes, start)
         processes.on_leader(lambda: write_config(folder, resolved, trainer.stream))
         trainer.run()
+
+
+def _told(resolved: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What every process must have been told alike, by name."""
+    keys = {f"{section}.{key}": value for section, values in resolved.items() for key, value in values.items()}
+    return keys | versions()
 
 
 def _find_start(folder: Path, resolved: Mapping[str, Mapping[str, Any]]) -> Path | None:
@@ -81,23 +88,20 @@ class Trainer:
         processes: Processes,
         start: Path | None,
     ):
-        self.config, self.folder, self.processes = config, folder, processes
+        self.config, self.folder, self.processes, self.parallel = config, folder, processes, parallel
         self.model, self.data, self.optimizer = model, data, optimizer
         processes.on_leader(lambda: check_available(optimizer))
         processes.on_leader(lambda: _check_stream(data, model, folder, start))
         self.shards = TokenShards.open(data.shards, "none")
         self.documents = self.shards.split("train")
         self.plan = _plan(self.shards, data, model)
-        self.lanes = processes.micro_batch_lanes(data.lanes, parallel.micro_batches)
+        self.lanes = processes.micro_batch_lanes(data.lanes, parallel.lane_groups)
         self.step, self.tokens = 0, 0
-        self.carries: Sequence[Carry | None] = [None] * len(self.lanes)
-        module = BlockRecurrentTransformer(model)
-        initialize(module, config.seed)
-        self.parameter_count = sum(parameter.numel() for parameter in module.parameters())
-        self.engine = Engine(module, parallel, optimizer, config.clip_norm, processes, data.lanes)
+        self.parameter_count = sum(shape.numel() for shape in whole_shapes(model).values())
+        self.engine = Engine(model, parallel, optimizer, config.clip_norm, config.seed, processes, data.lanes)
         if start is not None:
             self._restore(start)
-        self.health, self.alarms = StateHealth(module), Alarms()
+        self.health, self.alarms = StateHealth(self.engine.stage.layers_by_number()), Alarms()
         self.flops_per_token = 3 * forward_flops_per_token(model)
         self.peak_flops = peak_flops(processes.device, getattr(torch, model.dtype))
 
@@ -109,7 +113,7 @@ class Trainer:
             )
             self._introduce(report)
             loaders = [
-                stack.enter_context(Loader(self.documents, self.plan, self.shards.eos, lanes, first=self.step))
+                stack.enter_context(Loader(self.documents, self.plan, self.shards.eos, lanes, first=self.position))
                 for lanes in self.lanes
             ]
             profiler = stack.enter_context(_profiled(self.folder, self.config.profile_steps, self.processes))
@@ -134,17 +138,18 @@ class Trainer:
 
     def _take_step(self, loaders: list[Loader]) -> dict[str, Any]:
         began = time.perf_counter()
-        batches = [next(loader) for loader in loaders]
+        batches = [next(loader) for _ in range(self.parallel.segments_per_step) for loader in loaders]
         loaded = time.perf_counter()
         self.step += 1
         lr = learning_rate(self.step, self.config.steps, self.optimizer)
         seed = self.config.seed * 1_000_003 + self.step
-        with self.health.listening(_due(self.step, self.config.health_every)) as heard:
-            result, self.carries = self.engine.step(batches, self.carries, lr, seed)
+        listening = _due(self.step, self.config.health_every)
+        with self.health.listening(listening) as heard:
+            result = self.engine.step(batches, lr, seed)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm) and result.grad_norm >= 0):
             self.processes.on_leader(lambda: self._stop_diverged(result))
         ended = time.perf_counter()
-        predicted = batches[0].predicted
+        predicted = predicted_tokens(batches)
         self.tokens += predicted
         rate = predicted / (ended - began)
         figures = {
@@ -157,9 +162,10 @@ class Trainer:
             "data_seconds": loaded - began,
             "tokens_per_second": rate,
         }
-        figures.update(heard.means(self.processes))
+        if listening:
+            figures.update(heard.means(self.processes))
         if self.peak_flops is not None:
-            figures["mfu"] = rate * self.flops_per_token / (self.peak_flops * self.processes.data_ranks)
+            figures["mfu"] = rate * self.flops_per_token / (self.peak_flops * torch.distributed.get_world_size())
         return figures
 
     def _stop_diverged(self, result: StepResult) -> None:
@@ -179,20 +185,22 @@ class Trainer:
         return self.shards.split("validation")
 
     def _evaluate(self) -> dict[str, Any]:
-        return evaluate_during_training(
-            self.engine.model,
-            self.validation,
-            self.shards.eos,
-            count=self.config.evaluate_documents,
-            limit_tokens=self.config.evaluate_tokens,
-            segment=self.data.segment,
-            lanes=self.data.lanes // self.processes.data_ranks,
-            processes=self.processes,
-        )
+        dtype: torch.dtype = getattr(torch, self.model.dtype)
+        with self.engine.scoring() as stage:
+            return evaluate_during_training(
+                StageScorer(stage, self.processes, dtype, self.parallel.sequence),
+                self.validation,
+                self.shards.eos,
+                count=self.config.evaluate_documents,
+                limit_tokens=self.config.evaluate_tokens,
+                segment=self.data.segment,
+                lanes=self.data.lanes // self.processes.data.size,
+                processes=self.processes,
+            )
 
     def _introduce(self, report: Reporter) -> None:
         report.say(
-            f"{self.parameter_count:,} parameters, data ranks: {self.processes.data_ranks}, "
+            f"{self.parameter_count:,} parameters, data ranks: {self.processes.data.size}{self._model_ranks()}, "
             f"on {self.processes.device.type}, {self.data.lanes} lanes x {self.data.segment} tokens a step, "
             f"{len(self.documents)} documents, attention by rung {self._rung()!r}"
         )
@@ -209,27 +217,33 @@ class Trainer:
         if self.config.evaluate_every and not len(self.validation):
             report.say("no evaluation during training: the validation split holds no document")
 
+    def _model_ranks(self) -> str:
+        sizes = {"tensor": self.parallel.tensor, "pipeline": self.parallel.pipeline}
+        return "".join(f", {name} ranks: {size}" for name, size in sizes.items() if size > 1)
+
     def _rung(self) -> str:
         dtype, t5 = getattr(torch, self.model.dtype), self.model.position == "t5"
         return rung_here(self.processes.device, dtype, self.model.head_dim, t5)
 
     def _save(self) -> None:
-        """Write a checkpoint: rank 0 the parameters and the optimizer, every rank the carry of its lanes."""
+        """Write a checkpoint: each stage its parameters and moments, each data rank of it the carry of its lanes."""
         parameters, moments = self.engine.parameters(), self.engine.optimizer_state()
+        carry = self.engine.carry()
         partial = self.processes.on_leader(lambda: checkpoints.begin(self.folder, self.step))
-        carry = Carry.concatenate([carry for carry in self.carries if carry is not None])
-        mine = range(self.lanes[0].start, self.lanes[-1].stop)
+        layers = self.engine.stage.numbers if self.parallel.pipeline > 1 else None
 
         def write() -> None:
-            checkpoints.write_tensors(partial, checkpoints.carry_file(mine), carry.map(lambda t: t.cpu()).tensors())
-            if self.processes.leads:
-                checkpoints.write_tensors(partial, checkpoints.PARAMETERS, parameters)
-                checkpoints.write_tensors(partial, checkpoints.OPTIMIZER, moments)
+            if self.processes.tensor.position == 0:
+                name = checkpoints.carry_file(self._own_lanes, layers)
+                checkpoints.write_tensors(partial, name, carry)
+            if self.processes.writes:
+                for kind, tensors in ((checkpoints.PARAMETERS, parameters), (checkpoints.OPTIMIZER, moments)):
+                    checkpoints.write_tensors(partial, checkpoints.part_file(kind, layers), tensors)
 
         self.processes.on_all(write)
         facts = {
             "step": self.step,
-            "position": self.step,
+            "position": self.position,
             "tokens": self.tokens,
             "lanes": self.data.lanes,
             "seed": self.config.seed,
@@ -240,9 +254,27 @@ class Trainer:
     def _restore(self, start: Path) -> None:
         facts = checkpoints.read_facts(start)
         self.step, self.tokens = facts["step"], facts["tokens"]
-        self.engine.restore(checkpoints.load_parameters(start), checkpoints.load_optimizer(start), self.step, start)
-        carries = [Carry.from_tensors(checkpoints.load_carry(start, lanes)) for lanes in self.lanes]
-        self.carries = [carry.map(lambda tensor: tensor.to(self.processes.device)) for carry in carries]
+        parameters = checkpoints.TensorFiles(start, checkpoints.PARAMETERS)
+        moments = checkpoints.TensorFiles(start, checkpoints.OPTIMIZER)
+        wanted = self.engine.shapes()
+        self.processes.on_leader(lambda: _check_tensors(parameters.shapes | moments.shapes, wanted, start))
+        carry = checkpoints.load_carry(start, self._own_lanes, self.engine.stage.numbers)
+        self.engine.restore(lambda name: (moments if "/" in name else parameters)[name], carry, self.step)
+
+    @property
+    def position(self) -> int:
+        """Segments that every lane has read."""
+        return self.step * self.parallel.segments_per_step
+
+    @property
+    def _own_lanes(self) -> range:
+        """Of this data rank, in global numbers."""
+        return range(self.lanes[0].start, self.lanes[-1].stop)
+
+
+def _check_tensors(held: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size], source: object) -> None:
+    if found := checkpoints.mismatch(held, wanted):
+        raise checkpoints.CheckpointError(f"{source} is not of this model and optimizer: it {found}")
 
 
 def _check_stream(data: DataConfig, model: ModelConfig, folder: Path, start: Path | None) -> None:
@@ -274,7 +306,7 @@ def _profiled(folder: Path, steps: int, processes: Processes) -> Iterator[Any]:
     if not steps:
         yield None
         return
-    trace = folder / "profile" / f"rank-{processes.data_rank:05d}.json"
+    trace = folder / "profile" / f"rank-{processes.rank:05d}.json"
     trace.parent.mkdir(parents=True, exist_ok=True)
     with torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1),

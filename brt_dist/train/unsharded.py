@@ -7,13 +7,15 @@ shares the parameter's memory, and know nothing of stacks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from brt_dist.model.stacked_linear import parts_by_name
+from brt_dist.parallel.process_groups import Axis, Processes
 from brt_dist.train.config import OptimizerConfig
 from brt_dist.train.optimizer import build_optimizers, make_state
 
@@ -40,9 +42,9 @@ class UnshardedOptimizer(torch.optim.Optimizer):
     grad_norm      of all gradients in the last step, before clipping
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, clip_norm: float):
-        """clip_norm 0: no clipping."""
-        self.clip_norm, self.grad_norm = clip_norm, 0.0
+    def __init__(self, model: nn.Module, config: OptimizerConfig, clip_norm: float, processes: Processes | None = None):
+        """clip_norm 0: no clipping. processes: needed where tensor ranks share the parameters."""
+        self.clip_norm, self.grad_norm, self._tensor = clip_norm, 0.0, Axis() if processes is None else processes.tensor
         self._parameters = dict(model.named_parameters())
         stacks = parts_by_name(model) if config.whole_matrices else {}
         self._parts = {
@@ -62,8 +64,7 @@ class UnshardedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step over all parameters; `closure` is not called."""
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self._total_norm()
         if self.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(list(self._parameters.values()), self.clip_norm, norm)
         self.grad_norm = float(norm)
@@ -75,25 +76,37 @@ class UnshardedOptimizer(torch.optim.Optimizer):
         for part in self._parts.values():
             part.tensor.grad = None
 
-    def parameters(self) -> dict[str, Tensor]:
-        """Every parameter by name, on the CPU."""
-        return {name: parameter.detach().cpu() for name, parameter in self._parameters.items()}
+    def _total_norm(self) -> Tensor:
+        """Of the gradients of all tensor ranks; those of parameters that every one of them holds count once."""
+        counted = [
+            p.grad
+            for p in self._parameters.values()
+            if p.grad is not None and (self._tensor.position == 0 or getattr(p, "tensor_model_parallel", False))
+        ]
+        # One process's norm is torch's, bit for bit.
+        if self._tensor.group is None:
+            return torch.nn.utils.get_total_norm(counted)
+        square = torch.nn.utils.get_total_norm(counted).square()
+        dist.all_reduce(square, group=self._tensor.group)
+        return square.sqrt()
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """What is remembered, by `<tensor>/<moment>`, on the CPU; a stacked matrix is `<parameter>[<index>]`."""
-        return {name: tensor.cpu() for name, tensor in self._moments().items()}
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter by name, one after the other."""
+        yield from self._parameters.items()
 
-    def state_shapes(self) -> dict[str, torch.Size]:
-        """The shape of every tensor that `optimizer_state` gives."""
+    def moments(self) -> Iterator[tuple[str, Tensor]]:
+        """What is remembered, as `<tensor>/<moment>`; a stacked matrix is `<parameter>[<index>]`."""
+        yield from self._moments().items()
+
+    def moment_shapes(self) -> dict[str, torch.Size]:
+        """The shape of every tensor that `moments` gives."""
         return {name: tensor.shape for name, tensor in self._moments().items()}
 
-    def restore(self, parameters: dict[str, Tensor], optimizer_state: dict[str, Tensor], steps: int) -> None:
-        """Take up what `parameters` and `optimizer_state` gave after `steps` steps."""
+    def restore(self, value: Callable[[str], Tensor], steps: int) -> None:
+        """Take up the parameters and moments that `value` gives by name, after `steps` steps."""
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(parameters[name])
-            for name, moment in self._moments().items():
-                moment.copy_(optimizer_state[name])
+            for name, tensor in {**self._parameters, **self._moments()}.items():
+                tensor.copy_(value(name))
         for state in self._state.values():
             state["step"].fill_(steps)
 

@@ -1,0 +1,67 @@
+"""The optimizer at ZeRO-1, 2 and 3, where DeepSpeed holds parameters and moments flat and cut over the data ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from brt_dist.train.optimizer import MOMENTS, make_state
+
+
+class ShardedOptimizer:
+    """Parameters and AdamW's moments of this process's share of the model, by name."""
+
+    def __init__(self, engine: Any, named: Mapping[str, nn.Parameter]):
+        self._engine, self._named = engine, named
+        self._adamw = engine.optimizer.optimizer
+        # DeepSpeed links moments to parameters during the step of the first parameter group, when those of the others
+        # would still be missing.
+        make_state(self._adamw)
+        if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+            engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    @property
+    def grad_norm(self) -> float:
+        """Of all gradients in the last step, before clipping."""
+        return float(self._engine.get_global_grad_norm())
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter in float32, one after the other. A collective call of all data ranks."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self._named.items():
+            yield name, safe_get_full_fp32_param(parameter)
+
+    def moments(self) -> Iterator[tuple[str, Tensor]]:
+        """Every moment, as `<parameter>/<moment>`, one after the other. A collective call of all data ranks."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        for name, parameter in self._named.items():
+            for moment in MOMENTS["AdamW"]:
+                yield f"{name}/{moment}", safe_get_full_optimizer_state(parameter, moment)
+
+    def set_parameters(self, value: Callable[[str], Tensor]) -> None:
+        """Give every parameter its float32 value, and round the one that computes. A collective call."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, parameter in self._named.items():
+            new = value(name).to(self._engine.device)
+            if not hasattr(parameter, "ds_id"):
+                with torch.no_grad():
+                    parameter.copy_(new)
+            safe_set_full_fp32_param(parameter, new)
+
+    def restore(self, value: Callable[[str], Tensor], steps: int) -> None:
+        """Take up the parameters and moments that `value` gives by name, after `steps` steps. A collective call."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        self.set_parameters(value)
+        for state in self._adamw.state.values():
+            state["step"].fill_(steps)
+        for name, parameter in self._named.items():
+            for moment in MOMENTS["AdamW"]:
+                new = value(f"{name}/{moment}").to(self._engine.device)
+                safe_set_full_optimizer_state(parameter, new, moment)
