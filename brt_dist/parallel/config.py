@@ -75,7 +75,7 @@ class ParallelConfig:
         if self.offload != "none" and self.pipeline > 1:
             raise ValueError(
                 f"parallel.offload is {self.offload} with parallel.pipeline {self.pipeline}: DeepSpeed does not add "
-                "the gradients of a pipeline's micro-batches on the host; set parallel.offload=none or parallel.pipeline=1"
+                "the gradients of its micro-batches on the host; set parallel.offload=none or parallel.pipeline=1"
             )
         if self.offload == "all" and self.zero_stage != 3:
             raise ValueError(
@@ -112,7 +112,8 @@ class ParallelConfig:
         if model.feedback and self.recompute == "full" and self.zero_stage == 3:
             raise ValueError(
                 "parallel.recompute is full with parallel.zero_stage 3 and model.feedback: what is computed again "
-                "could not send gradients back through the blocks; set parallel.recompute=selective or parallel.zero_stage=2"
+                "could send no gradients back through the blocks; set parallel.recompute=selective or "
+                "parallel.zero_stage=2"
             )
         if self.recompute_layers is not None:
             self._check_recompute_layers(model, self.recompute_layers)

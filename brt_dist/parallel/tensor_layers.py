@@ -172,8 +172,9 @@ class VocabularyShareHead(Head):
     def __init__(self, plain: Head, sharing: Sharing):
         nn.Module.__init__(self)
         self.divisor, self.sharing = plain.divisor, sharing
-        own = None if plain.weight is None else nn.Parameter(plain.weight.detach().chunk(sharing.ranks)[0].clone())
-        self.register_parameter("weight", own)
+        whole_VD = plain._parameters["weight"]
+        own_vD = None if whole_VD is None else nn.Parameter(whole_VD.detach().chunk(sharing.ranks)[0].clone())
+        self.register_parameter("weight", own_vD)
 
     def logits(self, hidden_BLD: Tensor, rows_vD: Tensor) -> Tensor:
         """logits_BLV, the same on every rank."""

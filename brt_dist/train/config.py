@@ -62,7 +62,8 @@ class OptimizerConfig:
                         "rsqrt": lr / sqrt(step), whatever the number of steps, with a peak of lr / sqrt(warmup_steps)
     warmup_steps        steps in which the rate rises in a line
     final_lr_ratio      what is left at the end of the cosine
-    embedding_lr_ratio  AdamW, also beside Muon: the embedding's learning rate over that of the rest. With entries of
+    embedding_lr_ratio  AdamW, also beside Muon: the learning rate of the embedding, and of a head that is not tied to
+                        it, over that of the rest. With entries of
                         size 1, where a matrix has 1/sqrt(dim), it needs more to move as fast; Adafactor does so itself
     betas, eps          AdamW, also beside Muon
     weight_decay        AdamW and Muon, on matrices only (see `train/optimizer.py`)

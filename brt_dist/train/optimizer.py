@@ -20,15 +20,19 @@ MOMENTS = {"AdamW": ("exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
 
 
 def build_adamw(named: Mapping[str, Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all tensors, in groups: the embedding, the matrices, which decay, and the rest.
+    """AdamW over all tensors, in groups: the rows of the vocabulary, the matrices, which decay, and the rest.
 
     Each group's `lr_ratio` says by what its learning rate differs from the schedule's.
     """
-    embedding = [tensor for name, tensor in named.items() if "embedding" in name]
+    rows = [tensor for name, tensor in named.items() if is_vocabulary(name)]
     matrices = [tensor for name, tensor in named.items() if is_matrix(name, tensor)]
-    rest = [tensor for name, tensor in named.items() if "embedding" not in name and not is_matrix(name, tensor)]
+    rest = [tensor for name, tensor in named.items() if not is_vocabulary(name) and not is_matrix(name, tensor)]
+    first: dict[str, Any] = {"params": rows, "weight_decay": 0.0, "lr_ratio": config.embedding_lr_ratio}
+    if not rows and len(rest) > 1:
+        # DeepSpeed adds up a pipeline's gradient norm group by group: a stage with fewer groups would be waited for.
+        first, rest = {"params": rest[:1], "weight_decay": 0.0, "lr_ratio": 1.0}, rest[1:]
     groups: list[dict[str, Any]] = [
-        {"params": embedding, "weight_decay": 0.0, "lr_ratio": config.embedding_lr_ratio},
+        first,
         {"params": matrices, "weight_decay": config.weight_decay, "lr_ratio": 1.0},
         {"params": rest, "weight_decay": 0.0, "lr_ratio": 1.0},
     ]
@@ -83,7 +87,12 @@ def is_matrix(name: str, tensor: Tensor) -> bool:
 
     name: of the parameter, or of a matrix stacked in it (`layers.0.projection.weight[2]`).
     """
-    return name.partition("[")[0].endswith(".weight") and tensor.ndim == 2 and "embedding" not in name
+    return name.partition("[")[0].endswith(".weight") and tensor.ndim == 2 and not is_vocabulary(name)
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor has a row for each entry of the vocabulary: the embedding, and a head of its own."""
+    return name in ("embedding.weight", "head.weight")
 
 
 def make_state(optimizer: Optimizer) -> None:
