@@ -33,9 +33,11 @@ def deepspeed_config(
         # torch's AdamW: DeepSpeed's own are compiled at the first use, for more than a minute.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": sharded and dtype == torch.bfloat16},
+        "bf16": {"enabled": sharded and dtype == torch.bfloat16, "immediate_grad_update": True},
         "fp16": {"enabled": sharded and dtype == torch.float16},
         "data_types": {"grad_accum_dtype": "fp32"},
+        # Otherwise ranks would add up gradients in bfloat16, and even one rank alone would round its own.
+        "communication_data_type": "fp32",
         # Activations are whole on every tensor rank, or shared by tokens; neither is DeepSpeed's to cut.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "steps_per_print": 2**31,
