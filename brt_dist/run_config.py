@@ -57,8 +57,6 @@ class RunConfig:
             self.model.check_segment(self.data.segment)
         except ValueError as error:
             raise ConfigError(f"data.segment and model.window: {error}") from error
-        if self.model.dtype == "float16":
-            raise ConfigError("model.dtype is float16; this version trains in float32 and bfloat16")
         parallel = self.parallel
         # Before check_combination, which says of a pipeline to set ZeRO-1: this optimizer could not run there either.
         if self.optimizer.whole_matrices and (parallel.zero_stage != 0 or parallel.pipeline > 1 or parallel.tensor > 1):

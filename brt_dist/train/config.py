@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -18,6 +19,7 @@ class TrainConfig:
     evaluate_tokens      how many tokens of each, from its first on
     health_every         steps between two looks at the health of the state (see `state_health.py`); 0: none
     clip_norm            largest gradient norm of a step; 0: no clipping
+    loss_scale           float16 only: what the loss is multiplied with at first; it then follows the gradients
     profile_steps        steps that a torch profiler trace is written of; 0: none
     """
 
@@ -29,11 +31,14 @@ class TrainConfig:
     evaluate_tokens: int = 16384
     health_every: int = 10
     clip_norm: float = 1.0
+    loss_scale: float = 65536.0
     profile_steps: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"train.seed is {self.seed}; it must be at least 0 and below 2^32")
+        if self.loss_scale < 1 or not math.log2(self.loss_scale).is_integer():
+            raise ValueError(f"train.loss_scale is {self.loss_scale}; it must be a power of 2, and at least 1")
         for name, least in (
             ("steps", 1),
             ("save_every", 0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import warnings
 from contextlib import redirect_stdout
@@ -17,7 +18,7 @@ from brt_dist.parallel.process_groups import Processes
 
 
 def deepspeed_config(
-    parallel: ParallelConfig, clip_norm: float, dtype: torch.dtype, micro_batch_lanes: int
+    parallel: ParallelConfig, clip_norm: float, dtype: torch.dtype, micro_batch_lanes: int, loss_scale: float = 65536.0
 ) -> dict[str, Any]:
     """DeepSpeed's JSON, derived from our sections. Gradients of ranks are summed in float32 in every precision.
 
@@ -34,7 +35,12 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": sharded and dtype == torch.bfloat16, "immediate_grad_update": True},
-        "fp16": {"enabled": sharded and dtype == torch.float16},
+        "fp16": {
+            "enabled": sharded and dtype == torch.float16,
+            "initial_scale_power": int(math.log2(loss_scale)),
+            # A step that does not fit float16 halves the scale at once.
+            "hysteresis": 1,
+        },
         "data_types": {"grad_accum_dtype": "fp32"},
         # Otherwise ranks would add up gradients in bfloat16, and even one rank alone would round its own.
         "communication_data_type": "fp32",

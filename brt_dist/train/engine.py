@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from brt_dist.data.errors import BadInput
 from brt_dist.data.loader import Batch
 from brt_dist.model.carry import Carry
 from brt_dist.model.config import ModelConfig
@@ -23,8 +24,9 @@ from brt_dist.parallel.parallelize import build_stage, whole_shapes
 from brt_dist.parallel.process_groups import Processes
 from brt_dist.parallel.stage import Stage
 from brt_dist.parallel.tensor_parallel import cut_of, cuts, merge, share
-from brt_dist.train.config import OptimizerConfig
+from brt_dist.train.config import OptimizerConfig, TrainConfig
 from brt_dist.train.deepspeed_config import ModelParallelUnit, deepspeed_config, initialize
+from brt_dist.train.loss_scale import LossScale
 from brt_dist.train.micro_batches import MicroBatch, micro_batch, predicted_tokens
 from brt_dist.train.optimizer import MOMENTS, build_adamw
 from brt_dist.train.pipeline import PipelineTrainer, build_pipeline
@@ -58,25 +60,25 @@ class Engine:
         model: ModelConfig,
         parallel: ParallelConfig,
         optimizer: OptimizerConfig,
-        clip_norm: float,
-        seed: int,
+        train: TrainConfig,
         processes: Processes,
         lanes: int,
     ):
-        """seed: of the initial weights. lanes: of all data ranks."""
+        """lanes: of all data ranks. BadInput where this device cannot compute in the model's dtype."""
         self.config, self.processes, self._parallel = model, processes, parallel
         self._dtype: torch.dtype = getattr(torch, model.dtype)
         self._table = cuts(model)
-        self.stage = build_stage(model, parallel, processes, seed)
+        self.stage = build_stage(model, parallel, processes, train.seed)
         self._lanes = lanes // (processes.data.size * parallel.lane_groups)
         fresh = self.stage.fresh_carry(self._lanes, processes.device, self._dtype)
         self.slots = CarrySlots(fresh, parallel.lane_groups)
         named = dict(self.stage.named_parameters())
-        settings = deepspeed_config(parallel, clip_norm, self._dtype, self._lanes)
+        settings = deepspeed_config(parallel, train.clip_norm, self._dtype, self._lanes, train.loss_scale)
         self.optimizer: UnshardedOptimizer | ShardedOptimizer
         self._trainer: PipelineTrainer | _PlainTrainer
         if parallel.zero_stage == 0:
-            self.optimizer = UnshardedOptimizer(self.stage, optimizer, clip_norm, processes)
+            loss_scale = LossScale(train.loss_scale) if self._dtype == torch.float16 else None
+            self.optimizer = UnshardedOptimizer(self.stage, optimizer, train.clip_norm, processes, loss_scale)
             module = _Loss(self.stage) if self._dtype == torch.float32 else _CastLoss(self.stage, self._dtype)
             engine = initialize(module, self.optimizer, settings, processes, ModelParallelUnit(processes))
             self._trainer = _PlainTrainer(engine, self.slots)
@@ -108,12 +110,17 @@ class Engine:
         # DeepSpeed takes the mean over micro-batches and data ranks; the loss is a sum over all of them.
         scale = self.processes.data.size * len(batches) / max(1, predicted)
         self.stage.seed = seed
+        loss_scale = self.optimizer.loss_scale
+        if self._parallel.zero_stage == 0:
+            # Elsewhere DeepSpeed multiplies by itself.
+            scale *= loss_scale
         slots = range(self._parallel.lane_groups) if self._parallel.segments_per_step == 1 else [0] * len(batches)
         inputs = [
             micro_batch(batch, slot, scale, self.processes.device) for batch, slot in zip(batches, slots, strict=True)
         ]
         nats = self.processes.sum(self._trainer.train(inputs))[0]
-        return StepResult(nats / max(1, predicted), self.optimizer.grad_norm)
+        told_scale = loss_scale if self._dtype == torch.float16 else None
+        return StepResult(nats / max(1, predicted), self.optimizer.grad_norm, self.optimizer.skipped, told_scale)
 
     @contextmanager
     def scoring(self) -> Iterator[Stage]:
@@ -158,7 +165,6 @@ class Engine:
         merged = {}
         for name, tensor in held:
             cut = cut_of(name, self._table)
-            # An empty one is a moment at a ZeRO stage that left it on another rank; see `ShardedOptimizer`.
             shares = [tensor] if cut is None else self.processes.gather_shares(tensor.detach())
             if keeps and not self._is_told_elsewhere(name):
                 merged[name] = merge(shares, cut).detach().float().cpu() if not by_data else merge(shares, cut).cpu()
@@ -177,19 +183,30 @@ class Engine:
             return shapes | {name: shapes.get(name.partition("/")[0], shape) for name, shape in moments.items()}
         return shapes | {f"{name}/{moment}": shape for name, shape in shapes.items() for moment in MOMENTS["AdamW"]}
 
-    def restore(self, value: Callable[[str], Tensor], carry: Mapping[str, Tensor], steps: int) -> None:
-        """Take up what the three functions above gave after `steps` optimizer steps, in whatever layout.
+    def restore(
+        self, value: Callable[[str], Tensor], carry: Mapping[str, Tensor], steps: int, progress: Mapping[str, float]
+    ) -> None:
+        """Take up what the functions above gave after `steps` steps of the optimizer, in whatever layout.
 
         value: the whole parameter or moment of a name. carry: of this data rank's lanes and this stage's layers.
+        progress: of the optimizer.
         """
         tensor = self.processes.tensor
 
         def mine(name: str, whole: Tensor) -> Tensor:
             return share(whole, cut_of(name, self._table), tensor.position, tensor.size)
 
-        self.optimizer.restore(lambda name: mine(name, value(name)), steps)
+        self.optimizer.restore(lambda name: mine(name, value(name)), steps, progress)
         shares = {name: mine(name, whole).to(self.processes.device) for name, whole in carry.items()}
         self.slots.restore(Carry.from_tensors(shares, self.stage.numbers.start))
+
+
+def check_dtype(dtype: str, device: torch.device) -> None:
+    """BadInput where `device` cannot compute in it."""
+    if dtype == "float16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise BadInput(
+            "model.dtype is float16, which this processor cannot compute in; use bfloat16 or float32, or a GPU"
+        )
 
 
 class _PlainTrainer:

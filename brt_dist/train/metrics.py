@@ -116,5 +116,5 @@ class Reporter:
         file.write(json.dumps(figures) + "\n")
         file.flush()
         for name, value in figures.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 self._board.add_scalar(f"{group}/{name}", value, figures["step"])

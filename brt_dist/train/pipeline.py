@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -100,6 +101,11 @@ def build_pipeline(stage: Stage, slots: CarrySlots, processes: Processes) -> nn.
             self.parts = [0, *inner, len(self._layer_specs)]
             self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
 
+        def get_tied_weights_and_groups(self) -> list[tuple[Any, Any]]:
+            # In float16 gradients are added up in `grad_accum`, in float32; DeepSpeed would reduce `grad`, of one
+            # micro-batch, and the two copies of the embedding would part.
+            return [(_Accumulated.of(weight), group) for weight, group in super().get_tied_weights_and_groups()]
+
     size = processes.pipeline.size
     specs: list[Any] = [ThisStage(SlottedStage) for _ in range(size)]
     if stage.config.tie_embeddings:
@@ -111,6 +117,19 @@ def build_pipeline(stage: Stage, slots: CarrySlots, processes: Processes) -> nn.
         pipeline: nn.Module = Pipeline(specs, topology=topology, loss_fn=StageLoss(stage, processes.device))
     _check_places(pipeline, processes)
     return pipeline
+
+
+@dataclass
+class _Accumulated:
+    """A weight as DeepSpeed reduces its gradient."""
+
+    grad: Tensor
+
+    @classmethod
+    def of(cls, weight: Any) -> Any:
+        """The weight itself, unless its gradient is added up elsewhere."""
+        accumulated = getattr(weight, "grad_accum", None)
+        return weight if accumulated is None else cls(accumulated)
 
 
 def _pass_through(embedding: nn.Module, activations: Activations) -> Activations:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,8 +26,25 @@ class ShardedOptimizer:
 
     @property
     def grad_norm(self) -> float:
-        """Of all gradients in the last step, before clipping."""
-        return float(self._engine.get_global_grad_norm())
+        """Of all gradients in the last step, before clipping; infinite where the step was skipped."""
+        return math.inf if self.skipped else float(self._engine.get_global_grad_norm())
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step left float16 and the weights are what they were."""
+        return self._engine.fp16_enabled() and bool(self._engine.optimizer.overflow)
+
+    @property
+    def loss_scale(self) -> float:
+        """What the next loss is multiplied with; 1 in other precisions than float16."""
+        return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0
+
+    def progress(self) -> dict[str, float]:
+        """Small numbers that a checkpoint keeps."""
+        if not self._engine.fp16_enabled():
+            return {}
+        scaler = self._engine.optimizer.loss_scaler
+        return {"loss_scale": scaler.cur_scale, "good_steps": scaler.cur_iter - scaler.last_overflow_iter - 1}
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter in float32, one after the other. A collective call of all data ranks."""
@@ -54,10 +72,14 @@ class ShardedOptimizer:
                     parameter.copy_(new)
             safe_set_full_fp32_param(parameter, new)
 
-    def restore(self, value: Callable[[str], Tensor], steps: int) -> None:
+    def restore(self, value: Callable[[str], Tensor], steps: int, progress: Mapping[str, float]) -> None:
         """Take up the parameters and moments that `value` gives by name, after `steps` steps. A collective call."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
+        if self._engine.fp16_enabled() and progress:
+            scaler = self._engine.optimizer.loss_scaler
+            scaler.cur_scale, scaler.cur_iter = progress["loss_scale"], int(progress["good_steps"])
+            scaler.last_overflow_iter = -1
         self.set_parameters(value)
         for state in self._adamw.state.values():
             state["step"].fill_(steps)

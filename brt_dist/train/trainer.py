@@ -28,7 +28,7 @@ from brt_dist.parallel.parallelize import whole_shapes
 from brt_dist.parallel.process_groups import Processes, joined
 from brt_dist.parallel.stage_scorer import StageScorer
 from brt_dist.train.config import OptimizerConfig, RunFolderConfig, TrainConfig
-from brt_dist.train.engine import Engine, StepResult
+from brt_dist.train.engine import Engine, StepResult, check_dtype
 from brt_dist.train.evaluation import evaluate_during_training
 from brt_dist.train.metrics import Reporter, peak_flops
 from brt_dist.train.micro_batches import predicted_tokens
@@ -96,9 +96,10 @@ class Trainer:
         self.documents = self.shards.split("train")
         self.plan = _plan(self.shards, data, model)
         self.lanes = processes.micro_batch_lanes(data.lanes, parallel.lane_groups)
-        self.step, self.tokens = 0, 0
+        self.step, self.tokens, self.skipped = 0, 0, 0
+        processes.on_leader(lambda: check_dtype(model.dtype, processes.device))
         self.parameter_count = sum(shape.numel() for shape in whole_shapes(model).values())
-        self.engine = Engine(model, parallel, optimizer, config.clip_norm, config.seed, processes, data.lanes)
+        self.engine = Engine(model, parallel, optimizer, config, processes, data.lanes)
         if start is not None:
             self._restore(start)
         self.health, self.alarms = StateHealth(self.engine.stage.layers_by_number()), Alarms()
@@ -146,7 +147,9 @@ class Trainer:
         listening = _due(self.step, self.config.health_every)
         with self.health.listening(listening) as heard:
             result = self.engine.step(batches, lr, seed)
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm) and result.grad_norm >= 0):
+        self.skipped += result.skipped
+        finite_norm = math.isfinite(result.grad_norm) and result.grad_norm >= 0
+        if not math.isfinite(result.loss) or not (finite_norm or result.skipped):
             self.processes.on_leader(lambda: self._stop_diverged(result))
         ended = time.perf_counter()
         predicted = predicted_tokens(batches)
@@ -155,13 +158,16 @@ class Trainer:
         figures = {
             "step": self.step,
             "loss": result.loss,
-            "grad_norm": result.grad_norm,
+            # JSON has no infinity.
+            "grad_norm": result.grad_norm if finite_norm else None,
             "lr": lr,
             "tokens": self.tokens,
             "step_seconds": ended - began,
             "data_seconds": loaded - began,
             "tokens_per_second": rate,
         }
+        if result.loss_scale is not None:
+            figures.update({"loss_scale": result.loss_scale, "skipped": result.skipped})
         if listening:
             figures.update(heard.means(self.processes))
         if self.peak_flops is not None:
@@ -245,6 +251,8 @@ class Trainer:
             "step": self.step,
             "position": self.position,
             "tokens": self.tokens,
+            "skipped_steps": self.skipped,
+            "optimizer": self.engine.optimizer.progress(),
             "lanes": self.data.lanes,
             "seed": self.config.seed,
             **self.stream,
@@ -253,13 +261,17 @@ class Trainer:
 
     def _restore(self, start: Path) -> None:
         facts = checkpoints.read_facts(start)
-        self.step, self.tokens = facts["step"], facts["tokens"]
+        self.step, self.tokens, self.skipped = facts["step"], facts["tokens"], facts.get("skipped_steps", 0)
         parameters = checkpoints.TensorFiles(start, checkpoints.PARAMETERS)
         moments = checkpoints.TensorFiles(start, checkpoints.OPTIMIZER)
         wanted = self.engine.shapes()
         self.processes.on_leader(lambda: _check_tensors(parameters.shapes | moments.shapes, wanted, start))
         carry = checkpoints.load_carry(start, self._own_lanes, self.engine.stage.numbers)
-        self.engine.restore(lambda name: (moments if "/" in name else parameters)[name], carry, self.step)
+
+        def value(name: str) -> torch.Tensor:
+            return (moments if "/" in name else parameters)[name]
+
+        self.engine.restore(value, carry, self.step - self.skipped, facts.get("optimizer", {}))
 
     @property
     def position(self) -> int:

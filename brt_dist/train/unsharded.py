@@ -7,7 +7,8 @@ shares the parameter's memory, and know nothing of stacks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from brt_dist.model.stacked_linear import parts_by_name
 from brt_dist.parallel.process_groups import Axis, Processes
 from brt_dist.train.config import OptimizerConfig
+from brt_dist.train.loss_scale import LossScale
 from brt_dist.train.optimizer import build_optimizers, make_state
 
 
@@ -42,9 +44,20 @@ class UnshardedOptimizer(torch.optim.Optimizer):
     grad_norm      of all gradients in the last step, before clipping
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, clip_norm: float, processes: Processes | None = None):
-        """clip_norm 0: no clipping. processes: needed where tensor ranks share the parameters."""
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        clip_norm: float,
+        processes: Processes | None = None,
+        loss_scale: LossScale | None = None,
+    ):
+        """clip_norm 0: no clipping. processes: needed where tensor ranks share the parameters.
+
+        loss_scale: what gradients were computed of is so many times the loss; steps that are not finite are skipped.
+        """
         self.clip_norm, self.grad_norm, self._tensor = clip_norm, 0.0, Axis() if processes is None else processes.tensor
+        self._loss_scale, self.skipped = loss_scale, False
         self._parameters = dict(model.named_parameters())
         stacks = parts_by_name(model) if config.whole_matrices else {}
         self._parts = {
@@ -64,10 +77,16 @@ class UnshardedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step over all parameters; `closure` is not called."""
+        self._unscale()
         norm = self._total_norm()
+        self.grad_norm = float(norm)
+        if self._loss_scale is not None:
+            self.skipped = not math.isfinite(self.grad_norm)
+            self._loss_scale.update(self.skipped)
+            if self.skipped:
+                return
         if self.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(list(self._parameters.values()), self.clip_norm, norm)
-        self.grad_norm = float(norm)
         for part in self._parts.values():
             part.share()
         for optimizer in self._optimizers:
@@ -75,6 +94,23 @@ class UnshardedOptimizer(torch.optim.Optimizer):
         # A view, which would keep the gradient's memory through the next forward pass, when DeepSpeed has let it go.
         for part in self._parts.values():
             part.tensor.grad = None
+
+    @property
+    def loss_scale(self) -> float:
+        """What the next loss is multiplied with; 1 in other precisions than float16."""
+        return 1.0 if self._loss_scale is None else self._loss_scale.scale
+
+    def progress(self) -> dict[str, float]:
+        """Small numbers that a checkpoint keeps."""
+        if self._loss_scale is None:
+            return {}
+        return {"loss_scale": self._loss_scale.scale, "good_steps": self._loss_scale.good_steps}
+
+    def _unscale(self) -> None:
+        if self._loss_scale is not None:
+            for parameter in self._parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.div_(self._loss_scale.scale)
 
     def _total_norm(self) -> Tensor:
         """Of the gradients of all tensor ranks; those of parameters that every one of them holds count once."""
@@ -102,8 +138,10 @@ class UnshardedOptimizer(torch.optim.Optimizer):
         """The shape of every tensor that `moments` gives."""
         return {name: tensor.shape for name, tensor in self._moments().items()}
 
-    def restore(self, value: Callable[[str], Tensor], steps: int) -> None:
+    def restore(self, value: Callable[[str], Tensor], steps: int, progress: Mapping[str, float]) -> None:
         """Take up the parameters and moments that `value` gives by name, after `steps` steps."""
+        if self._loss_scale is not None and progress:
+            self._loss_scale.scale, self._loss_scale.good_steps = progress["loss_scale"], int(progress["good_steps"])
         with torch.no_grad():
             for name, tensor in {**self._parameters, **self._moments()}.items():
                 tensor.copy_(value(name))
