@@ -68,7 +68,7 @@ def run(launcher: str, ranks: int, program: Sequence[str], timeout: float = 120.
 
 def run_in_turn(launcher: str, ranks: int, commands: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
     """Runs `brt` commands one after the other in `ranks` processes; exit status and output of each in rank 0."""
-    done = run(launcher, ranks, [__file__, json.dumps(commands)], timeout=300)
+    done = run(launcher, ranks, [__file__, json.dumps(commands)], timeout=60 + 60 * ranks * len(commands))
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return [(status, output) for status, output in map(json.loads, done.stdout.splitlines())]
 

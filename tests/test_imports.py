@@ -31,7 +31,7 @@ BELOW = {
 
 # The only files that may import a heavy dependency.
 DOORS = {
-    "deepspeed": ["brt_dist/train/engine.py"],
+    "deepspeed": [f"brt_dist/train/{file}.py" for file in ("deepspeed_config", "pipeline", "sharded")],
     "matplotlib": ["brt_dist/inference/plot.py"],
     "megatron": ["brt_dist/parallel/*"],
     "mpi4py": ["preprocessing/*"],
@@ -142,7 +142,7 @@ def test_the_search_finds_a_made_up_violation(file: str, text: str, tmp_path: Pa
     [
         ("brt_dist/model/gates.py", "from .config import ModelConfig\nfrom brt_dist.model import carry\n"),
         ("brt_dist/train/trainer.py", "from brt_dist.inference import report\nfrom brt_dist.data.lanes import x\n"),
-        ("brt_dist/train/engine.py", "import deepspeed\n"),
+        ("brt_dist/train/pipeline.py", "import deepspeed\n"),
         ("brt_dist/cli.py", "from preprocessing.prepare import prepare\nfrom brt_dist.run_config import x\n"),
     ],
 )

@@ -262,8 +262,9 @@ def test_a_resolved_configuration_is_plain_and_holds_every_section(tmp_path: Pat
     assert set(resolved) == set(RunConfig.__dataclass_fields__)
 
 
-def test_float16_is_refused_because_training_has_no_loss_scaling_yet(tmp_path: Path):
-    assert "model.dtype is float16" in refusal(tmp_path, "", "model.dtype=float16")
+@pytest.mark.parametrize("scale", [0.5, 0, 1000.0])
+def test_a_loss_scale_that_would_round_gradients_is_refused(tmp_path: Path, scale: float):
+    assert f"train.loss_scale is {scale}; it must be a power of 2" in refusal(tmp_path, "", f"train.loss_scale={scale}")
 
 
 def test_a_configuration_cannot_be_changed_after_loading(tmp_path: Path):

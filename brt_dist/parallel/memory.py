@@ -1,47 +1,357 @@
 """The memory of one rank, predicted by part before anything is started: arithmetic over sizes, not a measurement.
 
-Letters of the formulas below, all of one rank and one micro-batch:
+Letters, all of one rank and one micro-batch:
 
-  P  parameters held            d  data ranks                  e  bytes of model.dtype: 2 or 4
-  N  tokens = lanes x segment   n  N / tensor where tokens are shared (parallel.sequence), else N
-  R  state vectors = lanes x num_states x blocks               D  model width
-  I  heads x head width / tensor    H  heads / tensor    M  MLP width / tensor    V  vocabulary / tensor
+  P  parameters held                d  data ranks              e  bytes of an activation: 2 or 4 (model.dtype)
+  N  tokens = lanes x segment       n  N / tensor where tokens are shared (parallel.sequence), else N
+  R  state vectors of all blocks = lanes x num_states x segment / window
+  D  model width    I  heads x head width / tensor    H  heads / tensor    M  MLP width / tensor    V  entries / tensor
 
-**What the optimizer holds** (DeepSpeed 0.19.8, AdamW, read in its source):
+**What DeepSpeed 0.19.8 holds with AdamW**, in bytes, read in its source:
 
-  ZeRO  dtype     weights   gradients                                          float32 weights and moments
-  0     float32   4P        4P                                                 8P
-  0     bfloat16  4P + 2P   4P; a rounded copy of the weights computes         8P
-  1     float32   4P        4P + 4P/d (the sums of ranks)                      12P/d
-  1     bfloat16  2P        2P + 4P: `BF16_Optimizer` adds up those of a       12P/d
-                            micro-batch, in bfloat16, to all of them
-  2     both      eP        eP/d + 4P/d (this rank's part, twice)              12P/d
-  3     both      eP/d      4P/d                                               12P/d
+  ZeRO  dtype     weights        gradients                                             float32 weights and moments
+  0     float32   4P             4P                                                    8P
+  0     bfloat16  4P + 2P        4P; the 2P are the rounded copy that computes         8P
+  1     float32   4P             4P + 4P/d, the latter the sums over ranks             12P/d
+  1     bfloat16  2P             2P + 4P: a micro-batch's, added to all of the step's  12P/d
+  2     both      eP             4P/d twice: a micro-batch's, added to the step's      12P/d
+  3     both      eP/d           4P/d                                                  12P/d
 
-**What autograd keeps of an ordinary layer.** Per token: norms keep what comes in and a root, projections and the MLP
-their inputs. Unit length keeps queries and keys in float32; the attention its queries before and behind the scale, two
-windows of keys and of values for each block, its output and a logarithm; the output projection a copy of the output.
+**What autograd keeps of a layer** is written out in the functions below, product by product; the rule behind them: a
+matrix product keeps its input, a norm its input and one root a row, unit length its input in float32 and a root, a
+scale what it multiplies, ReLU its output, an attention queries, keys, values, output and one logarithm a row. An
+ordinary layer in bfloat16 comes to n (8D + 8) + N (26I + 12H + 2M) bytes. A recurrent layer's token side has a fourth
+part of the projection, a second attention, a second half of the output projection's input and unrotated pieces for
+the state; its state loop keeps everything of every block, and what has the model's width there whole on every rank.
 
-  n (2 (eD + 4) + 2eD) + N (9eI + 2 (4I) + 12H + eM)      with bfloat16: 8D + 26I + 12H + 2M bytes a token
+**Recomputation.** "selective": attentions keep their arguments instead, the values as a view of the whole projection
+and the cache with them; the MLP its input. "full": a layer keeps its input and the carry it read.
 
-(9eI = 2 queries + 4 keys and values twice + output + its copy + ... is written out in `_attention`.) In float32 the
-float32 copies are the projection's output itself, which is then held whole.
+**A pipeline** (1F1B) keeps that of min(micro_batches, stages - stage) micro-batches, with the output of each.
 
-**Of a recurrent layer** the token side keeps a fourth part (what asks the state), a second attention, twice the copy
-for the output projection, and the two windows of keys and values once more, unrotated, for the state. The state loop
-keeps for every block, per state vector, what `_state_loop` lists; those parts that have the model's width are held
-whole by every tensor rank. The stacked keys and values of all blocks' states are copies: 2eI.
-
-**Recomputation.** "selective" keeps of the attentions their arguments instead (queries, keys, and values as a view, so
-that the whole output of the projection stays) with the cache that was read, and of the MLP its input. "full" keeps a
-layer's input and the carry that was read.
-
-This holds for attention kernels that keep queries, keys, values, output and logarithm: the rungs flash (CUDA) and sdpa
-(CPU); explicit and flex with a T5 bias keep other things. Norms are counted as CUDA's fused kernel has them; torch's on
-the CPU keeps the normalised vectors too.
-
-What is not counted: the CUDA context, NCCL's buffers, the allocator's fragments, workspaces of matrix products.
+This holds for the rungs `flash` (CUDA) and `sdpa` (CPU), which keep the same; `explicit` and `flex`, that is T5's
+bias, keep other things. Norms are those of CUDA's fused kernel; torch's on the CPU keeps the normalised vectors as
+well. Not counted: the CUDA context, buffers of NCCL and of matrix products, and the allocator's fragments.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from brt_dist.model.config import ModelConfig
+from brt_dist.model.loss import CHUNK
+from brt_dist.parallel.config import ParallelConfig
+from brt_dist.parallel.stages import divide_layers
+
+FLOAT32 = 4
+# DeepSpeed's defaults, in entries: gradients sent at a time, and parameters that ZeRO-3 has gathered at a time.
+BUCKET = 500_000_000
+GATHERED = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank.
+
+    weights       those that compute
+    gradients     of micro-batches and of the step
+    optimizer     float32 weights and AdamW's moments
+    carry         state and caches of this rank's lanes and this stage's layers
+    activations   what autograd keeps of all micro-batches in flight
+    temporary     the most that comes on top of these in a forward or a backward pass
+    step          the most that comes on top in the optimizer step, when there are no activations
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    carry: int
+    activations: int
+    temporary: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """At the worst moment."""
+        fixed = self.weights + self.gradients + self.optimizer + self.carry
+        return fixed + max(self.activations + self.temporary, self.step)
+
+
+def memory_of_rank(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    segment: int,
+    lanes: int,
+    data_ranks: int,
+    stage: int,
+    parameters: int,
+) -> RankMemory:
+    """The memory of a rank of stage `stage`, counted from 0.
+
+    segment: tokens of a lane in a micro-batch. lanes: of a micro-batch. parameters: that the rank holds.
+    ValueError for what the formulas don't cover: feedback and offloading.
+    """
+    if model.feedback or parallel.offload != "none":
+        raise ValueError("memory is predicted without model.feedback and without parallel.offload only")
+    sizes = _sizes(model, parallel, segment, lanes)
+    weights, gradients, optimizer, step = _held_by_deepspeed(parallel, sizes.activation, data_ranks, parameters)
+    numbers = divide_layers(model, parallel.pipeline)[stage]
+    layers = [
+        _Layer(sizes, model, index in model.recurrent_layers, _recompute(parallel, index), parallel.tensor)
+        for index in numbers
+    ]
+    is_last = numbers.stop == model.num_layers
+    kept = sum(layer.kept() for layer in layers)
+    kept += sizes.head_kept() if is_last else 0
+    # Which ids this rank's rows of the embedding don't have, and where in them the others are.
+    kept += 9 * sizes.tokens if stage == 0 and parallel.tensor > 1 else 0
+    passing = sizes.token_shares * sizes.activation * sizes.dim
+    in_flight = 1
+    if parallel.pipeline > 1:
+        in_flight = min(parallel.micro_batches, parallel.pipeline - stage)
+        # DeepSpeed keeps the output of each micro-batch for its backward pass.
+        kept += 0 if is_last else passing
+    read = sum(layer.carry() for layer in layers)
+    return RankMemory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        carry=read * parallel.lane_groups,
+        activations=kept * in_flight,
+        temporary=_temporary(layers, read, sizes, parallel, is_last) + _gathered(parallel, sizes, parameters),
+        step=step,
+    )
+
+
+def _recompute(parallel: ParallelConfig, index: int) -> str:
+    chosen = parallel.recompute_layers is None or index in parallel.recompute_layers
+    return parallel.recompute if chosen else "none"
+
+
+def _held_by_deepspeed(
+    parallel: ParallelConfig, activation: int, data_ranks: int, parameters: int
+) -> tuple[int, int, int, int]:
+    """weights, gradients, optimizer and step of `RankMemory`; the table above."""
+    whole, share = FLOAT32 * parameters, -(-FLOAT32 * parameters // data_ranks)
+    computing = activation * parameters
+    rounded = activation < FLOAT32
+    bucket = min(parameters, BUCKET) * activation
+    if parallel.zero_stage == 0:
+        # The step: torch's AdamW takes all roots of second moments at once.
+        return whole + computing * rounded, whole, 2 * whole, whole
+    if parallel.zero_stage == 1 and rounded:
+        # The step: gradients of ranks are added up in a copy, which ends with the first tensor beyond the bucket's
+        # size, and those of all matrices are one.
+        return computing, computing + whole, 3 * share, whole
+    if parallel.zero_stage == 1:
+        return computing, whole + share, 3 * share, max(bucket, share)
+    if parallel.zero_stage == 2:
+        return computing, 2 * share, 3 * share, max(bucket, share)
+    return -(-computing // data_ranks), share, 3 * share, max(bucket, share)
+
+
+def _gathered(parallel: ParallelConfig, sizes: _Sizes, parameters: int) -> int:
+    """What sharding brings back for a pass: ZeRO-3's weights, and at ZeRO-2 and 3 the gradients on their way."""
+    if parallel.zero_stage < 2:
+        return 0
+    weights = min(parameters, GATHERED) if parallel.zero_stage == 3 else 0
+    return sizes.activation * (weights + min(parameters, BUCKET))
+
+
+def _temporary(layers: list[_Layer], read: int, sizes: _Sizes, parallel: ParallelConfig, is_last: bool) -> int:
+    # Until the next carry is in its slot, its caches are views of the whole segment's keys and projections.
+    views = sum(layer.held_by_carry() for layer in layers)
+    backward = max(layer.backward() for layer in layers)
+    loss = sizes.head_temporary() if is_last else 0
+    shared = 0
+    if parallel.sequence:
+        # Tokens gathered in front of a product, and its output in front of their scattering.
+        shared = 2 * sizes.tokens * sizes.activation * sizes.dim
+    if parallel.pipeline == 1:
+        # The next carry is written behind the backward pass.
+        return views + shared + max(read + loss, backward)
+    # Buffers of what is received, of its gradient, and of the gradient that is sent.
+    buffers = 3 * sizes.token_shares * sizes.activation * sizes.dim
+    return buffers + shared + max(read + views, loss, backward)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The letters above, and what the formulas need of the lanes; `activation` is e."""
+
+    activation: int
+    lanes: int
+    segment: int
+    tokens: int
+    token_shares: int
+    states: int
+    state_vectors: int
+    window: int
+    dim: int
+    inner: int
+    heads: int
+    mlp: int
+    entries: int
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether activations are not float32."""
+        return self.activation < FLOAT32
+
+    def norm(self) -> int:
+        """n (eD + 4): input and root of a norm of tokens."""
+        return self.token_shares * (self.activation * self.dim + FLOAT32)
+
+    def cache(self) -> int:
+        """Keys and values of the last window of each lane."""
+        return 2 * self.lanes * self.window * self.activation * self.inner
+
+    def state(self) -> int:
+        """The float32 state of each lane; whole on every tensor rank."""
+        return self.lanes * self.states * FLOAT32 * self.dim
+
+    def head_kept(self) -> int:
+        """The last norm; gradients of what comes in and of the rows, which the loss computes at once."""
+        return self.norm() + self.activation * self.dim * (self.tokens + self.entries)
+
+    def head_temporary(self) -> int:
+        """A chunk of logits in float32 three times, the rows' gradient in float32, and a chunk's share of it."""
+        logits = 3 * FLOAT32 * min(CHUNK, self.tokens) * self.entries
+        return logits + (FLOAT32 + self.activation) * self.entries * self.dim
+
+
+def _sizes(model: ModelConfig, parallel: ParallelConfig, segment: int, lanes: int) -> _Sizes:
+    tokens, tensor = lanes * segment, parallel.tensor
+    return _Sizes(
+        activation=FLOAT32 if model.dtype == "float32" else 2,
+        lanes=lanes,
+        segment=segment,
+        tokens=tokens,
+        token_shares=tokens // tensor if parallel.sequence else tokens,
+        states=model.num_states,
+        state_vectors=lanes * model.num_states * segment // model.window,
+        window=model.window,
+        dim=model.dim,
+        inner=model.num_heads * model.head_dim // tensor,
+        heads=model.num_heads // tensor,
+        mlp=model.mlp_dim // tensor,
+        entries=model.vocab_size // tensor,
+    )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer of a rank and what it keeps, in bytes."""
+
+    sizes: _Sizes
+    model: ModelConfig
+    recurs: bool
+    how: str
+    tensor: int
+
+    @property
+    def parts(self) -> int:
+        """Of the tokens' projection: queries, keys, values, and what asks the state."""
+        return 4 if self.recurs else 3
+
+    def carry(self) -> int:
+        """Of one micro-batch's lanes."""
+        return self.sizes.cache() + (self.sizes.state() if self.recurs else 0)
+
+    def kept(self) -> int:
+        """From the forward to the backward pass."""
+        sizes, e = self.sizes, self.sizes.activation
+        if self.how == "full":
+            return sizes.token_shares * e * sizes.dim + self.carry()
+        kept = self._projected() + self._finished() + (self._state_loop() if self.recurs else 0)
+        if self.how == "none":
+            return kept + self._attention() + self._mlp()
+        # Unit queries and keys, and what asks the state; the projection, of which the values are a view.
+        arguments = sizes.tokens * (self.parts - 1) * e * sizes.inner
+        if sizes.is_rounded:
+            arguments += self._projection()
+        return kept + arguments + self.carry()
+
+    def held_by_carry(self) -> int:
+        """Beyond what is kept: the next carry's caches are views of the unit keys and of the projection."""
+        if self.how == "selective":
+            return 0
+        keys = self.sizes.tokens * self.sizes.activation * self.sizes.inner
+        is_kept = self.how == "none" and not self.sizes.is_rounded
+        return keys + (0 if is_kept else self._projection())
+
+    def backward(self) -> int:
+        """What is computed again, and the gradients that meet while the layer goes back."""
+        sizes, e = self.sizes, self.sizes.activation
+        residual = 2 * sizes.token_shares * e * sizes.dim
+        # Of the MLP's hidden vectors, behind and before the ReLU; of queries, and of two windows of keys and values.
+        mlp, attention = 2 * self._mlp(), 5 * sizes.tokens * e * sizes.inner
+        if self.how == "selective":
+            return residual + max(self._mlp() + mlp, self._attention() + attention)
+        if self.how == "full":
+            plain = _Layer(sizes, self.model, self.recurs, "none", self.tensor)
+            return plain.kept() + max(plain.held_by_carry() + self._mlp(), residual + mlp)
+        return residual + mlp
+
+    def _projection(self) -> int:
+        """The output of the tokens' projection."""
+        return self.sizes.tokens * self.parts * self.sizes.activation * self.sizes.inner
+
+    def _projected(self) -> int:
+        """Norm, projection, unit length; the float32 copies are the projection itself where it is float32."""
+        sizes = self.sizes
+        copies = sizes.tokens * (self.parts - 1) * FLOAT32 * sizes.inner if sizes.is_rounded else self._projection()
+        roots = sizes.tokens * (self.parts - 1) * FLOAT32 * sizes.heads
+        return sizes.norm() + sizes.token_shares * sizes.activation * sizes.dim + copies + roots
+
+    def _attention(self) -> int:
+        """Of tokens to tokens: queries before and behind the scale, keys and values twice, output; and to the state."""
+        sizes, e = self.sizes, self.sizes.activation
+        # Cosines and sines of a segment's positions, for queries and for keys.
+        angles = 2 * sizes.segment * self.model.head_dim * FLOAT32 if self.model.position == "rotary" else 0
+        to_tokens = sizes.tokens * (7 * e * sizes.inner + FLOAT32 * sizes.heads)
+        to_state = sizes.tokens * (3 * e * sizes.inner + FLOAT32 * sizes.heads)
+        return angles + to_tokens + (to_state if self.recurs else 0)
+
+    def _finished(self) -> int:
+        """Input of the output projection, a copy; the second norm; the MLP's input."""
+        sizes, e = self.sizes, self.sizes.activation
+        heads = sizes.tokens * (2 if self.recurs else 1) * e * sizes.inner
+        return heads + sizes.norm() + sizes.token_shares * e * sizes.dim
+
+    def _mlp(self) -> int:
+        """The hidden vectors behind the ReLU."""
+        return self.sizes.tokens * self.sizes.activation * self.sizes.mlp
+
+    def _state_loop(self) -> int:
+        """Pieces of unrotated keys and values for all blocks, and what each block keeps of each state vector."""
+        sizes, e = self.sizes, self.sizes.activation
+        pieces = sizes.tokens * 4 * e * sizes.inner
+        # The state and its norm's root; the projection's input.
+        vector = FLOAT32 * sizes.dim + FLOAT32 + e * sizes.dim
+        # The projection's output, which holds the values; three parts in float32, and their roots.
+        vector += 4 * e * sizes.inner + 3 * FLOAT32 * sizes.heads
+        vector += 3 * FLOAT32 * sizes.inner if sizes.is_rounded else 0
+        # Keys, and stacked for the tokens with the values; two attentions: queries before and behind the scale, output.
+        vector += 3 * e * sizes.inner + 2 * (3 * e * sizes.inner + FLOAT32 * sizes.heads)
+        return pieces + sizes.state_vectors * (vector + self._update())
+
+    def _update(self) -> int:
+        """Of one state vector: what was read, and the cell's gates and MLP."""
+        sizes, e = self.sizes, self.sizes.activation
+        read, hidden, width = 2 * e * sizes.inner, e * sizes.mlp, FLOAT32 * sizes.dim
+        if self.model.cell == "single":
+            # Tensor ranks gather what they read.
+            gathered = self.tensor * read if self.tensor > 1 else 0
+            return max(read, gathered) + hidden + self._gate(squash=True)
+        if self.model.cell == "dual":
+            return read + 2 * self._gate() + width + FLOAT32 + e * sizes.dim + hidden
+        return read + self._gate()
+
+    def _gate(self, squash: bool = False) -> int:
+        """The candidate; of an LSTM gate also what it keeps and admits."""
+        width = FLOAT32 * self.sizes.dim
+        if self.model.gate == "fixed":
+            return width
+        # Where nothing is rounded the candidate is a view that holds the product of all three matrices.
+        return 3 * width if squash or self.sizes.is_rounded else 5 * width

@@ -7,7 +7,8 @@ import logging
 import math
 import os
 import warnings
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -132,3 +133,39 @@ def quiet_deepspeed(processes: Processes) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return deepspeed
+
+
+# By the names under which DeepSpeed logs them. Of others its logger does not know what to make, and ends the process.
+_LOGGED = {
+    **{
+        name: name
+        for name in ("all_reduce", "all_gather", "reduce_scatter", "reduce", "broadcast", "gather", "scatter")
+    },
+    **{"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"},
+    **{"all_to_all": "all_to_all", "all_to_all_single": "all_to_all", "barrier": "barrier"},
+    **{"send": "send", "recv": "recv", "isend": "send", "irecv": "recv"},
+}
+
+
+@contextmanager
+def deepspeed_calls() -> Iterator[dict[str, tuple[int, int]]]:
+    """What DeepSpeed itself sends inside, by its communication logger; filled at the end.
+
+    By collective: calls, and the bytes of the tensors that this process hands in. On a GPU each of them then waits for
+    its end, so that times inside say nothing.
+    """
+    import deepspeed.comm as comm
+
+    counted: dict[str, tuple[int, int]] = {}
+    comm.comms_logger.reset_data()
+    comm.configure(enabled=True, prof_all=False, prof_ops=list(_LOGGED), verbose=False, debug=False)
+    try:
+        yield counted
+    finally:
+        comm.configure(enabled=False)
+        for logged, by_size in comm.comms_logger.comms_dict.items():
+            calls, size = counted.get(_LOGGED[logged], (0, 0))
+            calls += sum(count for count, *_ in by_size.values())
+            size += sum(message * count for message, (count, *_) in by_size.items())
+            counted[_LOGGED[logged]] = calls, size
+        comm.comms_logger.reset_data()

@@ -18,6 +18,7 @@ from brt_dist.data.atomic_file import whole_file, write_json
 from brt_dist.data.config import DataConfig
 from brt_dist.data.errors import BadInput
 from brt_dist.model.config import ModelConfig
+from brt_dist.parallel.config import ParallelConfig
 from brt_dist.train.config import OptimizerConfig, TrainConfig
 
 CONFIG = "config.yaml"
@@ -32,6 +33,8 @@ FREE_KEYS = (
     *(f"train.{key}" for key in ("steps", "save_every", "profile_steps")),
     *(f"train.{key}" for key in ("evaluate_every", "evaluate_documents", "evaluate_tokens", "health_every")),
 )
+
+READING_KEYS = ("micro_batch_axis", "micro_batches")
 
 Config = Mapping[str, Mapping[str, Any]]
 
@@ -60,12 +63,19 @@ def differences(there: Config, here: Config) -> list[str]:
 
     A key that `there` lacks, because it is newer than the run, had its default.
     """
-    flat_there, flat_here = _flat(_with_defaults(there)), _flat(here)
+    flat_there, flat_here = (_flat(_with_defaults(there)) | _reading(there), _flat(here) | _reading(here))
     return [
         f"{key} is {flat_there.get(key)} there and {flat_here.get(key)} here"
         for key in dict.fromkeys([*flat_there, *flat_here])
         if flat_there.get(key) != flat_here.get(key)
     ]
+
+
+def _reading(config: Config) -> dict[str, Any]:
+    """How much of its lanes a step reads: all that the layout decides of a result."""
+    keys = {name: value for name, value in config.get("parallel", {}).items() if name in READING_KEYS}
+    step = ParallelConfig(**keys).segments_per_step
+    return {f"the number of segments in a step ({', '.join(f'parallel.{key}' for key in READING_KEYS)})": step}
 
 
 def _with_defaults(config: Config) -> Config:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ from brt_dist.train.evaluation import evaluate_during_training
 from brt_dist.train.metrics import Reporter, peak_flops
 from brt_dist.train.micro_batches import predicted_tokens
 from brt_dist.train.optimizer import check_available, learning_rate
+from brt_dist.train.parallel_report import STEPS as REPORTED_STEPS
+from brt_dist.train.parallel_report import ParallelReport
+from brt_dist.train.profiler import traced
 from brt_dist.train.run_folder import VERIFIED, check_run_folder, read_stream, write_config
 from brt_dist.train.state_health import Alarms, StateHealth
 
@@ -117,9 +120,12 @@ class Trainer:
                 stack.enter_context(Loader(self.documents, self.plan, self.shards.eos, lanes, first=self.position))
                 for lanes in self.lanes
             ]
-            profiler = stack.enter_context(_profiled(self.folder, self.config.profile_steps, self.processes))
+            moves = ParallelReport(self.folder, self.step, self.config.steps, self.processes, report.say)
+            reported = REPORTED_STEPS if self.parallel.report else 0
+            profiler = stack.enter_context(traced(self.folder, self.config.profile_steps, reported, self.processes))
             while self.step < self.config.steps:
-                figures = self._take_step(loaders)
+                with moves.step() if self.parallel.report else nullcontext():
+                    figures = self._take_step(loaders)
                 report.step(figures)
                 self._warn(report, figures)
                 if profiler is not None:
@@ -310,21 +316,6 @@ def _check_stream(data: DataConfig, model: ModelConfig, folder: Path, start: Pat
 def _plan(shards: TokenShards, data: DataConfig, model: ModelConfig) -> LanePlan:
     lengths = shards.split("train").lengths
     return plan_lanes(lengths, data.lanes, data.segment, model.window, seed=data.seed, align=data.align)
-
-
-@contextmanager
-def _profiled(folder: Path, steps: int, processes: Processes) -> Iterator[Any]:
-    """A torch profiler over `steps` steps behind a first one, its trace in the run folder; None for 0 steps."""
-    if not steps:
-        yield None
-        return
-    trace = folder / "profile" / f"rank-{processes.rank:05d}.json"
-    trace.parent.mkdir(parents=True, exist_ok=True)
-    with torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1),
-        on_trace_ready=lambda profile: profile.export_chrome_trace(str(trace)),
-    ) as profiler:
-        yield profiler
 
 
 def _due(step: int, every: int) -> bool:

@@ -94,7 +94,7 @@ def test_parameters_and_moments_that_had_other_names_in_the_first_version_are_fo
 def test_a_mismatch_names_what_lacks_what_is_too_much_and_other_shapes(
     wanted: dict[str, tuple[int, ...]], told: str | None
 ):
-    held = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
+    held = {"a": torch.Size((2, 3)), "b": torch.Size((4,))}
     assert mismatch(held, {name: torch.Size(shape) for name, shape in wanted.items()}) == told
 
 

@@ -11,14 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from brt_dist.model.config import ModelConfig
 from brt_dist.parallel import process_groups
 from brt_dist.parallel.config import ParallelConfig
 from brt_dist.parallel.launcher import Launch
-from brt_dist.parallel.process_groups import Processes, joined
+from brt_dist.parallel.process_groups import Axis, Processes, grid, joined
 
 
 def of_rank(rank: int, ranks: int) -> Processes:
-    return Processes(rank, ranks, rank, torch.device("cpu"))
+    return Processes(rank, rank, torch.device("cpu"), data=Axis(rank, tuple(range(ranks))))
 
 
 @given(st.integers(1, 9), st.integers(1, 7), st.integers(1, 5))
@@ -39,7 +40,7 @@ def test_a_ranks_lanes_do_not_depend_on_the_number_of_its_micro_batches():
 def test_one_process_joins_alone_and_leaves_again():
     for _ in range(2):
         with joined(Launch(), ParallelConfig()) as processes:
-            assert (processes.data_rank, processes.data_ranks, processes.leads) == (0, 1, True)
+            assert (processes.data.position, processes.data.size, processes.leads) == (0, 1, True)
             assert processes.sum(1.5, 2.0**40 + 1) == [1.5, 2.0**40 + 1]
             assert processes.on_leader(lambda: "done") == "done"
             processes.on_all(lambda: None)
@@ -101,19 +102,59 @@ def test_an_impossible_layout_is_refused_by_name(key: str, value: int):
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"tensor": 2}, "parallel.tensor is 2; this version runs 1 only"),
-        ({"pipeline": 2}, "parallel.pipeline is 2; this version runs 1 only"),
-        ({"zero_stage": 3}, "parallel.zero_stage is 3; this version runs 0, 1 and 2"),
-        ({"micro_batch_axis": "segments"}, "parallel.micro_batch_axis is 'segments'; this version runs 'lanes' only"),
         ({"zero_stage": 0, "pipeline": 2}, "set parallel.zero_stage=1 or parallel.pipeline=1"),
+        ({"zero_stage": 2, "pipeline": 2}, "set parallel.zero_stage=1 or parallel.pipeline=1"),
+        ({"zero_stage": 3, "pipeline": 2}, "set parallel.zero_stage=1 or parallel.pipeline=1"),
+        ({"zero_stage": 3, "tensor": 2}, "set parallel.zero_stage=2 or parallel.tensor=1"),
+        ({"zero_stage": 0, "offload": "optimizer"}, "set parallel.zero_stage=1 or parallel.offload=none"),
+        ({"pipeline": 2, "offload": "optimizer"}, "set parallel.offload=none or parallel.pipeline=1"),
+        ({"zero_stage": 2, "offload": "all"}, "set parallel.zero_stage=3 or parallel.offload=optimizer"),
+        ({"recompute_layers": (1,)}, "parallel.recompute_layers is [1], but parallel.recompute is none"),
     ],
 )
-def test_a_layout_that_cannot_run_yet_can_be_named_but_not_run(settings: dict[str, Any], line: str):
-    config = ParallelConfig(**settings)
+def test_keys_that_exclude_each_other_are_named_with_what_is_nearest(settings: dict[str, Any], line: str):
+    with pytest.raises(ValueError, match=re.escape(line)) as told:
+        ParallelConfig(**settings).check_combination()
+    assert all(f"parallel.{key}" in str(told.value) for key in settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "model", "line"),
+    [
+        ({"tensor": 3}, {}, "model.num_heads is 8, which parallel.tensor 3 does not divide"),
+        ({"tensor": 8}, {"mlp_dim": 4}, "model.mlp_dim is 4, which parallel.tensor 8 does not divide"),
+        ({"tensor": 8}, {"vocab_size": 32100}, "model.vocab_size is 32100, which parallel.tensor 8 does not divide"),
+        ({"pipeline": 13}, {}, "parallel.pipeline is 13, but there are only 12 layers"),
+        ({"pipeline": 2}, {"feedback": True}, "set parallel.pipeline=1 or model.feedback=false"),
+        ({"tensor": 2, "sequence": True}, {"feedback": True}, "set parallel.sequence=false or model.feedback=false"),
+        ({"recompute": "full", "recompute_layers": (12,)}, {}, "parallel.recompute_layers holds 12, but there are 12"),
+        ({"recompute": "full", "recompute_layers": (1,)}, {"feedback": True}, "set parallel.recompute=selective"),
+        ({"recompute": "full", "zero_stage": 3}, {"feedback": True}, "set parallel.recompute=selective or"),
+    ],
+)
+def test_a_model_that_cannot_be_divided_like_this_is_refused_with_both_numbers(
+    settings: dict[str, Any], model: dict[str, Any], line: str
+):
     with pytest.raises(ValueError, match=re.escape(line)):
-        config.check_supported()
+        ParallelConfig(**settings).check_model(ModelConfig(**model))
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
-def test_every_zero_stage_below_3_can_run(zero_stage: int):
-    ParallelConfig(zero_stage=zero_stage, micro_batches=4).check_supported()
+def test_a_segment_whose_tokens_cannot_be_shared_is_refused_with_both_numbers():
+    with pytest.raises(ValueError, match=r"data\.segment is 4100, which parallel\.tensor 8 does not divide"):
+        ParallelConfig(tensor=8, sequence=True).check_segment(4100)
+    ParallelConfig(tensor=8).check_segment(4100)
+
+
+LAYOUTS = [(tensor, data, pipeline) for tensor in (1, 2, 4) for data in (1, 2, 3) for pipeline in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("tensor", "data", "pipeline"), LAYOUTS)
+def test_every_rank_has_one_place_and_neighbours_share_a_layer(tensor: int, data: int, pipeline: int):
+    rows = grid(tensor * data * pipeline, ParallelConfig(tensor=tensor, pipeline=pipeline))
+    sizes = {"tensor": tensor, "data": data, "pipeline": pipeline}
+    for name, size in sizes.items():
+        assert {len(row) for row in rows[name]} == {size}
+        assert sorted(chain.from_iterable(rows[name])) == list(range(tensor * data * pipeline))
+    assert rows["tensor"][0] == list(range(tensor))
+    assert rows["data"][0] == [d * tensor for d in range(data)]
+    assert rows["pipeline"][0] == [p * tensor * data for p in range(pipeline)]

@@ -16,6 +16,7 @@ from brt_dist.checkpoint.files import load_parameters
 from brt_dist.data.token_shards import TokenShards
 from brt_dist.inference.documents import ChosenDocuments, score_documents
 from brt_dist.model.transformer import BlockRecurrentTransformer
+from brt_dist.parallel.process_groups import Axis
 from brt_dist.train.evaluation import evaluate_during_training
 
 
@@ -118,7 +119,7 @@ def evaluated(lengths: list[int], limit_tokens: int = 1000) -> tuple[dict[str, A
     )
     documents = ChosenDocuments(documents, np.arange(len(lengths)))
     model: Any = KnownWorth()
-    processes: Any = SimpleNamespace(data_rank=0, data_ranks=1, device="cpu", sum=lambda *values: list(values))
+    processes: Any = SimpleNamespace(data=Axis(), device="cpu", sum=lambda *values: list(values))
     sizes = {"count": len(lengths), "limit_tokens": limit_tokens, "segment": SEGMENT, "lanes": 2}
     figures = evaluate_during_training(model, documents, 1, **sizes, processes=processes)
     return figures, model.scored

@@ -73,14 +73,7 @@ def test_an_optimizer_of_whole_matrices_is_refused_with_the_reason_wherever_zero
         assert "parallel.pipeline 2 needs ZeRO, which flattens and cuts them" in line
     else:
         assert f"parallel.zero_stage {1 if stage is None else stage} flattens and cuts them" in line
-    assert "set parallel.zero_stage=0 and parallel.pipeline=1, or optimizer.name=adamw" in line
-    assert not (runs.folder / "run").exists()
-
-
-@pytest.mark.parametrize("override", ["parallel.pipeline=2", "parallel.zero_stage=3", "parallel.tensor=2"])
-def test_a_layout_of_later_versions_is_refused_by_name(override: str, runs: Runs, refused: Refused):
-    key, value = override.split("=")
-    assert f"{key} is {value}; this version runs" in refused(runs.command("run", override))
+    assert "set parallel.zero_stage=0, parallel.tensor=1 and parallel.pipeline=1, or optimizer.name=adamw" in line
     assert not (runs.folder / "run").exists()
 
 

@@ -14,11 +14,11 @@ from brt_dist.model.gates import FixedGate, LSTMGate
 from brt_dist.model.transformer import BlockRecurrentTransformer
 from brt_dist.train.state_health import Alarms, StateHealth
 
-ALONE: Any = SimpleNamespace(sum=lambda *values: list(values))
+ALONE: Any = SimpleNamespace(sum_named=dict)
 
 
 def figures_of(model: BlockRecurrentTransformer, segments: int = 1) -> dict[str, float]:
-    with StateHealth(model).listening(True) as heard:
+    with StateHealth(dict(enumerate(model.layers))).listening(True) as heard:
         for seed in range(segments):
             model(some_tokens(2, 3 * WINDOW, seed))
     return heard.means(ALONE)
@@ -122,7 +122,7 @@ def test_listening_changes_nothing_and_ends_with_its_block() -> None:
     model = small_model(gate="lstm")
     tokens_BL = some_tokens(2, 3 * WINDOW)
     alone, _ = model(tokens_BL)
-    health = StateHealth(model)
+    health = StateHealth(dict(enumerate(model.layers)))
     with health.listening(True) as heard:
         listened, _ = model(tokens_BL)
     assert torch.equal(alone, listened)
@@ -137,9 +137,13 @@ def test_listening_changes_nothing_and_ends_with_its_block() -> None:
 def test_ranks_that_heard_more_weigh_more_and_ranks_that_heard_nothing_weigh_nothing() -> None:
     model = small_model()
     others = [10.0, 20.0, 30.0, 10.0, 10.0, 10.0]  # sums, then counts, of ranks that heard ten passes
-    with StateHealth(model).listening(True) as heard:
+
+    def with_others(named: dict[str, float]) -> dict[str, float]:
+        return {name: mine + theirs for (name, mine), theirs in zip(named.items(), others, strict=True)}
+
+    with StateHealth(dict(enumerate(model.layers))).listening(True) as heard:
         pass
-    both: Any = SimpleNamespace(sum=lambda *values: [a + b for a, b in zip(values, others, strict=True)])
+    both: Any = SimpleNamespace(sum_named=with_others)
     assert list(heard.means(both).values()) == [1.0, 2.0, 3.0]
 
 

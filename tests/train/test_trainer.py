@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,33 +18,46 @@ from training_runs import Runs
 
 from brt_dist.cli import main
 from brt_dist.data.loader import Batch, Loader
-from brt_dist.model.carry import Carry
-from brt_dist.model.transformer import BlockRecurrentTransformer
+from brt_dist.model.config import ModelConfig
+from brt_dist.parallel.config import ParallelConfig
+from brt_dist.parallel.parallelize import build_stage
+from brt_dist.parallel.process_groups import Processes
+from brt_dist.parallel.stage import Stage
 from brt_dist.train import trainer
+from brt_dist.train.config import OptimizerConfig, TrainConfig
 from brt_dist.train.engine import StepResult
 
 
 class IdleEngine:
-    """Takes the place of the engine: learns nothing, and hands on what the lanes carry."""
+    """Takes the place of the engine: learns nothing, and what the lanes carry stays fresh."""
 
-    def __init__(self, model: BlockRecurrentTransformer, *_: Any):
-        self.model = model
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        train: TrainConfig,
+        processes: Processes,
+        lanes: int,
+    ):
+        self.stage, self.lanes = build_stage(model, parallel, processes, train.seed), lanes
+        self.optimizer = SimpleNamespace(progress=dict)
 
-    def step(
-        self, batches: Sequence[Batch], carries: Sequence[Carry | None], lr: float, seed: int
-    ) -> tuple[StepResult, list[Carry]]:
-        cpu = torch.device("cpu")
-        fresh = [Carry.fresh(self.model.config, len(batch.tokens_BL), cpu, torch.float32) for batch in batches]
-        return StepResult(1.0, 0.5), [carry.map(torch.clone) for carry in fresh]
+    def step(self, batches: Sequence[Batch], lr: float, seed: int) -> StepResult:
+        return StepResult(1.0, 0.5)
+
+    @contextmanager
+    def scoring(self) -> Iterator[Stage]:
+        yield self.stage
 
     def parameters(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        return {name: parameter.detach() for name, parameter in self.stage.named_parameters()}
 
     def optimizer_state(self) -> dict[str, Tensor]:
         return {}
 
-    def restore(self, parameters: dict[str, Tensor], *_: Any) -> None:
-        self.model.load_state_dict(parameters)
+    def carry(self) -> dict[str, Tensor]:
+        return self.stage.fresh_carry(self.lanes, torch.device("cpu"), torch.float32).detach().tensors()
 
 
 @pytest.fixture
@@ -92,10 +107,11 @@ def test_a_run_that_diverges_stops_with_one_line_and_keeps_no_step_of_it(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     class DivergingEngine(IdleEngine):
-        def step(self, *arguments: Any) -> tuple[StepResult, list[Carry]]:
-            _, carries = super().step(*arguments)
-            self.steps = getattr(self, "steps", 0) + 1
-            return StepResult(float("nan") if self.steps == 8 else 1.0, 0.5), carries
+        steps = 0
+
+        def step(self, *_: Any) -> StepResult:
+            self.steps += 1
+            return StepResult(float("nan") if self.steps == 8 else 1.0, 0.5)
 
     monkeypatch.setattr(trainer, "Engine", DivergingEngine)
     assert main(runs.command("run")) == 2
@@ -113,40 +129,19 @@ def test_a_run_says_that_its_learning_rate_only_rises(
     assert (line in capsys.readouterr().err.splitlines()) == told
 
 
-def test_a_run_is_introduced_without_asking_for_a_copy_of_its_model(runs: Runs, monkeypatch: pytest.MonkeyPatch):
-    class CopyingEngine(IdleEngine):
-        def __getattribute__(self, name: str) -> Any:
-            if name == "model":
-                raise AssertionError("a copy of the model is made")
-            return super().__getattribute__(name)
-
-        def __init__(self, model: BlockRecurrentTransformer, *_: Any):
-            self.parts = model
-
-        def step(self, batches: Sequence[Batch], *_: Any) -> tuple[StepResult, list[Carry]]:
-            cpu = torch.device("cpu")
-            config = self.parts.config
-            return StepResult(1.0, 0.5), [Carry.fresh(config, len(b.tokens_BL), cpu, torch.float32) for b in batches]
-
-        def parameters(self) -> dict[str, Tensor]:
-            return {}
-
-    monkeypatch.setattr(trainer, "Engine", CopyingEngine)
-    assert main(runs.command("run", "train.steps=1")) == 0
-
-
 class ReadingEngine(IdleEngine):
     """Reads the batches, so that there is something to listen to, with tokens that take nothing from the state."""
 
-    def __init__(self, model: BlockRecurrentTransformer, *rest: Any):
-        super().__init__(model, *rest)
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
         with torch.no_grad():
-            output = model.layers[1].tokens.attention_output.weight
+            output = self.stage.layers["1"].tokens.attention_output.weight
             output[:, output.shape[1] // 2 :] = 0
 
-    def step(self, batches: Sequence[Batch], *rest: Any) -> tuple[StepResult, list[Carry]]:
+    def step(self, batches: Sequence[Batch], *rest: Any) -> StepResult:
         for batch in batches:
-            self.model(batch.tokens_BL, None, batch.starts_BC)
+            carry = self.stage.fresh_carry(len(batch.tokens_BL), torch.device("cpu"), torch.float32)
+            self.stage(batch.tokens_BL, carry, batch.starts_BC)
         return super().step(batches, *rest)
 
 

@@ -101,20 +101,22 @@ def test_what_is_restored_goes_on_bit_for_bit(name: str):
     for seed in (1, 2):
         fill_gradients(models[0], seed)
         unbroken.step()
-    state = {name: tensor.clone() for name, tensor in unbroken.optimizer_state().items()}
-    assert {name: tensor.shape for name, tensor in state.items()} == resumed.state_shapes()
-    resumed.restore({name: tensor.clone() for name, tensor in unbroken.parameters().items()}, state, steps=2)
+    state = {name: tensor.clone() for name, tensor in unbroken.moments()}
+    assert {name: tensor.shape for name, tensor in state.items()} == resumed.moment_shapes()
+    held = state | {name: tensor.detach().clone() for name, tensor in unbroken.parameters()}
+    resumed.restore(held.__getitem__, steps=2, progress={})
     for optimizer, model in zip((unbroken, resumed), models, strict=True):
         fill_gradients(model, 3)
         optimizer.step()
-    for key, value in {**unbroken.parameters(), **unbroken.optimizer_state()}.items():
-        assert torch.equal(value, {**resumed.parameters(), **resumed.optimizer_state()}[key]), key
+    ours, theirs = ({**dict(each.parameters()), **dict(each.moments())} for each in (unbroken, resumed))
+    for key, value in ours.items():
+        assert torch.equal(value, theirs[key]), key
 
 
 @pytest.mark.parametrize("name", ["adamw", *NAMES])
 def test_every_entry_of_every_parameter_has_moments_of_its_own(name: str):
     model = small_model(gate="lstm", cell="single", feedback=True).float()
-    shapes = UnshardedOptimizer(model, config(name), clip_norm=0).state_shapes()
+    shapes = UnshardedOptimizer(model, config(name), clip_norm=0).moment_shapes()
     first = {"adamw": ("exp_avg",), "adafactor": ("momentum",), "muon": ("momentum_buffer", "exp_avg")}[name]
     entries = sum(shape.numel() for key, shape in shapes.items() if key.endswith(first))
     assert entries == sum(parameter.numel() for parameter in model.parameters())
@@ -124,11 +126,11 @@ def test_every_entry_of_every_parameter_has_moments_of_its_own(name: str):
 def test_muon_takes_the_matrices_and_adamw_all_else():
     model = small_model(gate="lstm", cell="dual").float()
     optimizer = UnshardedOptimizer(model, config("muon", embedding_lr_ratio=3.0, momentum=0.8), clip_norm=0)
-    by_muon = {key.split("/")[0] for key in optimizer.state_shapes() if key.endswith("momentum_buffer")}
+    by_muon = {key.split("/")[0] for key in optimizer.moment_shapes() if key.endswith("momentum_buffer")}
     assert "layers.0.projection.weight[1]" in by_muon
     assert "layers.1.cell.update.gate.candidate_and_gates.weight[2]" in by_muon
     assert "layers.0.mlp.output.weight" in by_muon
-    by_adamw = {key.split("/")[0] for key in optimizer.state_shapes() if key.endswith("exp_avg")}
+    by_adamw = {key.split("/")[0] for key in optimizer.moment_shapes() if key.endswith("exp_avg")}
     endings = ("norm.weight", "scale_H", "bias_D", "bias.table", "ids_SD", "initial_state_SD", "embedding.weight")
     assert {ending for ending in endings if any(name.endswith(ending) for name in by_adamw)} == set(endings)
     assert all(name.endswith(endings) for name in by_adamw)
