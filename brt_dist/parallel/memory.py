@@ -20,7 +20,7 @@ Letters, all of one rank and one micro-batch:
 **What autograd keeps of a layer** is written out in the functions below, product by product; the rule behind them: a
 matrix product keeps its input, a norm its input and one root a row, unit length its input in float32 and a root, a
 scale what it multiplies, ReLU its output, an attention queries, keys, values, output and one logarithm a row. An
-ordinary layer in bfloat16 comes to n (8D + 8) + N (26I + 12H + 2M) bytes. A recurrent layer's token side has a fourth
+ordinary layer in bfloat16 comes to n (8D + 8) + N (24I + 12H + 2M) bytes. A recurrent layer's token side has a fourth
 part of the projection, a second attention, a second half of the output projection's input and unrotated pieces for
 the state; its state loop keeps everything of every block, and what has the model's width there whole on every rank.
 
@@ -142,7 +142,7 @@ def _held_by_deepspeed(
     if parallel.zero_stage == 1 and rounded:
         # The step: gradients of ranks are added up in a copy, which ends with the first tensor beyond the bucket's
         # size, and those of all matrices are one.
-        return computing, computing + whole, 3 * share, whole
+        return computing, whole, 3 * share, whole
     if parallel.zero_stage == 1:
         return computing, whole + share, 3 * share, max(bucket, share)
     if parallel.zero_stage == 2:
@@ -163,10 +163,8 @@ def _temporary(layers: list[_Layer], read: int, sizes: _Sizes, parallel: Paralle
     views = sum(layer.held_by_carry() for layer in layers)
     backward = max(layer.backward() for layer in layers)
     loss = sizes.head_temporary() if is_last else 0
-    shared = 0
-    if parallel.sequence:
-        # Tokens gathered in front of a product, and its output in front of their scattering.
-        shared = 2 * sizes.tokens * sizes.activation * sizes.dim
+    # Megatron-core's buffer of tokens gathered in front of a product.
+    shared = sizes.tokens * sizes.activation * sizes.dim if parallel.sequence else 0
     if parallel.pipeline == 1:
         # The next carry is written behind the backward pass.
         return views + shared + max(read + loss, backward)
@@ -197,6 +195,10 @@ class _Sizes:
     def is_rounded(self) -> bool:
         """Whether activations are not float32."""
         return self.activation < FLOAT32
+
+    def copied(self) -> int:
+        """A vector of all heads in float32, where that is a copy."""
+        return FLOAT32 * self.inner if self.is_rounded else 0
 
     def norm(self) -> int:
         """n (eD + 4): input and root of a norm of tokens."""
@@ -273,12 +275,13 @@ class _Layer:
         return kept + arguments + self.carry()
 
     def held_by_carry(self) -> int:
-        """Beyond what is kept: the next carry's caches are views of the unit keys and of the projection."""
+        """Beyond what is kept: caches are views of the unit keys and of the projection, and a state has its graph."""
+        if self.how == "full":
+            return self._keys_and_projection()
+        held = self.sizes.lanes * self.sizes.states * self._advanced() if self.recurs else 0
         if self.how == "selective":
-            return 0
-        keys = self.sizes.tokens * self.sizes.activation * self.sizes.inner
-        is_kept = self.how == "none" and not self.sizes.is_rounded
-        return keys + (0 if is_kept else self._projection())
+            return held
+        return held + self._keys_and_projection() - (0 if self.sizes.is_rounded else self._projection())
 
     def backward(self) -> int:
         """What is computed again, and the gradients that meet while the layer goes back."""
@@ -286,6 +289,9 @@ class _Layer:
         residual = 2 * sizes.token_shares * e * sizes.dim
         # Of the MLP's hidden vectors, behind and before the ReLU; of queries, and of two windows of keys and values.
         mlp, attention = 2 * self._mlp(), 5 * sizes.tokens * e * sizes.inner
+        if sizes.token_shares < sizes.tokens:
+            # The gradient of all tokens in front of the MLP, before it is scattered.
+            mlp += sizes.tokens * e * sizes.dim
         if self.how == "selective":
             return residual + max(self._mlp() + mlp, self._attention() + attention)
         if self.how == "full":
@@ -296,6 +302,9 @@ class _Layer:
     def _projection(self) -> int:
         """The output of the tokens' projection."""
         return self.sizes.tokens * self.parts * self.sizes.activation * self.sizes.inner
+
+    def _keys_and_projection(self) -> int:
+        return self.sizes.tokens * self.sizes.activation * self.sizes.inner + self._projection()
 
     def _projected(self) -> int:
         """Norm, projection, unit length; the float32 copies are the projection itself where it is float32."""
@@ -324,17 +333,22 @@ class _Layer:
         return self.sizes.tokens * self.sizes.activation * self.sizes.mlp
 
     def _state_loop(self) -> int:
-        """Pieces of unrotated keys and values for all blocks, and what each block keeps of each state vector."""
+        """Unrotated pieces for all blocks; views of every block's state; what advanced it, but for the last block."""
         sizes, e = self.sizes, self.sizes.activation
         pieces = sizes.tokens * 4 * e * sizes.inner
-        # The state and its norm's root; the projection's input.
-        vector = FLOAT32 * sizes.dim + FLOAT32 + e * sizes.dim
-        # The projection's output, which holds the values; three parts in float32, and their roots.
-        vector += 4 * e * sizes.inner + 3 * FLOAT32 * sizes.heads
-        vector += 3 * FLOAT32 * sizes.inner if sizes.is_rounded else 0
-        # Keys, and stacked for the tokens with the values; two attentions: queries before and behind the scale, output.
-        vector += 3 * e * sizes.inner + 2 * (3 * e * sizes.inner + FLOAT32 * sizes.heads)
-        return pieces + sizes.state_vectors * (vector + self._update())
+        # The state and its norm's root; the projection's input, and its output, which holds the values.
+        view = FLOAT32 * sizes.dim + FLOAT32 + e * sizes.dim + 4 * e * sizes.inner
+        # Keys in float32 and their root; keys; keys and values stacked for the tokens.
+        view += sizes.copied() + FLOAT32 * sizes.heads + 3 * e * sizes.inner
+        advanced = sizes.state_vectors - sizes.lanes * sizes.states
+        return pieces + sizes.state_vectors * view + advanced * self._advanced()
+
+    def _advanced(self) -> int:
+        """Of one state vector in front of a block: two attentions and the update."""
+        sizes, e = self.sizes, self.sizes.activation
+        # Queries in float32 and their root, before and behind the scale; output and logarithm.
+        attention = sizes.copied() + 3 * e * sizes.inner + 2 * FLOAT32 * sizes.heads
+        return 2 * attention + self._update()
 
     def _update(self) -> int:
         """Of one state vector: what was read, and the cell's gates and MLP."""

@@ -125,7 +125,7 @@ def shares(events: Sequence[Event]) -> tuple[TimeShares, bool]:
     kernels = [event for event in events if event.activity in ("kernel", "gpu_memcpy", "gpu_memset")]
     if kernels:
         own = [event.span for event in kernels if not event.name.startswith("nccl")]
-        collectives = [e.span for e in kernels if e.name.startswith("nccl")]
+        collectives = [e.span for e in kernels if e.name.startswith("nccl") and "SendRecv" not in e.name]
         return shares_of_kernels(step.span, own, collectives), True
     operators = [e.span for e in events if e.thread == step.thread and e.name.startswith("aten::")]
     collectives, messages = (

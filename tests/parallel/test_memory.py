@@ -41,10 +41,10 @@ MODEL = ModelConfig(
     position="rotary",
 )
 LANES, SEGMENT = 2, 128
-# Largest relative differences. What a state loop keeps of its last block is counted, but ends with the next carry.
-KEPT = 0.06
-# Of the most that is alive: the prediction adds up what need not meet, and must not be less.
-PEAK_BELOW, PEAK_ABOVE = 0.01, 0.15
+# Largest relative differences: of what is kept, and
+KEPT = 0.02
+# of the most that is alive: the prediction adds up what need not meet, and must not be less.
+PEAK_BELOW, PEAK_ABOVE = 0.02, 0.15
 
 
 class LiveBytes(TorchDispatchMode):
@@ -172,7 +172,6 @@ HOW = ("none", "selective", "full")
 def test_what_autograd_keeps_is_as_predicted(dtype: str, how: str, number: int) -> None:
     model, parallel = replace(MODEL, dtype=dtype), ParallelConfig(pipeline=3, recompute=how)
     kept = measure_kept(model, parallel, number)
-    print("DEV", dtype, how, number, predict(model, parallel, number).activations / kept - 1)
     assert predict(model, parallel, number).activations == pytest.approx(kept, rel=KEPT)
 
 

@@ -1,0 +1,192 @@
+"""What the parity matrix leaves out: other models, weights that come and go at ZeRO-3, and other precisions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import STEPS, Runs, finished
+
+from brt_dist.checkpoint.files import load_carry, load_parameters, read_facts
+
+TOLERANCE = 1e-5
+TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
+SEQUENCE, FULL, SELECTIVE = "parallel.sequence=true", "parallel.recompute=full", "parallel.recompute=selective"
+ZERO_3, TWO, FOUR = "parallel.zero_stage=3", "parallel.micro_batches=2", "parallel.micro_batches=4"
+EVALUATED = ("train.evaluate_every=6", "train.evaluate_documents=5", "train.evaluate_tokens=100")
+# DeepSpeed never takes away parameters of fewer than 100,000 entries; here the embedding and the MLP have more.
+LARGE = ("model.dim=320", "model.mlp_dim=640", "model.num_heads=4", "model.head_dim=80", *EVALUATED)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and layouts of two processes of it."""
+
+    model: tuple[str, ...]
+    layouts: dict[str, tuple[str, ...]]
+
+
+CASES = {
+    "feedback": Case(("model.feedback=true",), {"tensor": (TENSOR,), "tensor recomputed": (TENSOR, FULL)}),
+    "dropout": Case(
+        ("model.dropout=0.2", TWO), {"pipeline recomputed": (PIPELINE, FULL), "tensor by tokens": (TENSOR, SEQUENCE)}
+    ),
+    "rotary": Case(("model.position=rotary",), {"tensor by tokens": (TENSOR, SEQUENCE, SELECTIVE)}),
+    "Transformer-XL": Case(
+        ("model.recurrent_layers=[]", "data.segment=8", "model.position=none"),
+        {"pipeline": (PIPELINE,), "tensor": (TENSOR,)},
+    ),
+    "untied": Case(
+        ("model.tie_embeddings=false", "model.gate=lstm", *EVALUATED),
+        {"pipeline": (PIPELINE, TWO), "tensor": (TENSOR,)},
+    ),
+    "large": Case(
+        LARGE,
+        {
+            "zero 3": (ZERO_3,),
+            "zero 3 recomputed": (ZERO_3, FULL),
+            "zero 3 selective offloaded": (ZERO_3, SELECTIVE, "parallel.offload=all"),
+            "zero 2 offloaded": ("parallel.zero_stage=2", "parallel.offload=optimizer"),
+        },
+    ),
+}
+ALL = [(model, layout) for model, case in CASES.items() for layout in case.layouts]
+PRECISIONS = {
+    "zero 0": ("parallel.zero_stage=0",),
+    "zero 1": (),
+    "zero 2": ("parallel.zero_stage=2",),
+    "zero 3": (ZERO_3,),
+    "tensor": (TENSOR, SEQUENCE),
+    "pipeline": (PIPELINE,),
+}
+# So much that gradients leave float16 in the first steps.
+OVERFLOWING = "train.loss_scale=16777216"
+needs_float16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="this processor cannot compute in float16"
+)
+HALVES = ["bfloat16", pytest.param("float16", marks=needs_float16)]
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path, shards: Path) -> Runs:
+    """Every model in one process, once in float32 and once in each half precision."""
+    runs = Runs(folder / "other models, one process", shards)
+    wanted = {model: case.model for model, case in CASES.items()}
+    wanted |= {"float32": (FOUR,)} | {dtype: (f"model.dtype={dtype}", FOUR) for dtype in halves()}
+    return finished(runs, "python", 1, wanted)
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, shards: Path, one: Runs) -> Runs:
+    """Every model in every layout; some go on from what another one left."""
+    runs = Runs(folder / "other models", shards)
+    wanted = {f"{model} {layout}": (*CASES[model].model, *CASES[model].layouts[layout]) for model, layout in ALL}
+    for dtype in halves():
+        wanted |= {f"{dtype} {name}": (f"model.dtype={dtype}", FOUR, *layout) for name, layout in PRECISIONS.items()}
+    if "float16" in halves():
+        overflowing = {name: ("model.dtype=float16", FOUR, OVERFLOWING, *PRECISIONS[name]) for name in PRECISIONS}
+        wanted |= {f"overflow {name}": overrides for name, overrides in overflowing.items()}
+        runs.broken_copy(folder_of_overflow(one), "overflow resumed", step=5)
+        wanted |= {"overflow resumed": overflowing["zero 1"]}
+    runs.broken_copy(one.folder / "large", "large resumed")
+    wanted |= {"large resumed": (*LARGE, ZERO_3)}
+    return finished(runs, "torchrun", 2, wanted)
+
+
+def halves() -> list[str]:
+    return ["bfloat16", *(["float16"] if torch.ops.mkldnn._is_mkldnn_fp16_supported() else [])]
+
+
+def folder_of_overflow(one: Runs) -> Path:
+    """A run of one process whose first steps are skipped."""
+    overrides = ("model.dtype=float16", FOUR, OVERFLOWING, "parallel.zero_stage=0")
+    finished(one, "python", 1, {"overflow": overrides})
+    return one.folder / "overflow"
+
+
+def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name].float() - theirs[name].float()).abs().max()) for name in ours)
+
+
+@pytest.mark.parametrize(("model", "layout"), ALL)
+def test_other_models_give_the_losses_norms_and_parameters_of_one_process(
+    model: str, layout: str, one: Runs, two: Runs
+):
+    name = f"{model} {layout}"
+    assert two.losses(name) == pytest.approx(one.losses(model), rel=TOLERANCE, abs=0)
+    assert two.norms(name) == pytest.approx(one.norms(model), rel=TOLERANCE, abs=0)
+    ours, theirs = two.checkpoint(name), one.checkpoint(model)
+    assert largest_difference(load_parameters(ours), load_parameters(theirs)) < TOLERANCE
+    assert largest_difference(load_carry(ours, range(8)), load_carry(theirs, range(8))) < TOLERANCE
+    for here, there in zip(two.evaluations(name), one.evaluations(model), strict=True):
+        assert here == pytest.approx(there, abs=TOLERANCE)
+
+
+def test_a_tied_embedding_is_gathered_for_the_loss_at_zero_3_and_whole_in_the_checkpoint(one: Runs, two: Runs):
+    shapes = {name: tensor.shape for name, tensor in load_parameters(two.checkpoint("large zero 3")).items()}
+    assert shapes["embedding.weight"].numel() > 100_000
+    assert "head.weight" not in shapes
+    assert [line["step"] for line in two.evaluations("large zero 3")] == [6, 12]
+
+
+def test_a_run_of_one_process_goes_on_at_zero_3(one: Runs, two: Runs):
+    assert two.losses("large resumed") == pytest.approx(one.losses("large"), rel=TOLERANCE)
+    assert two.norms("large resumed") == pytest.approx(one.norms("large"), rel=TOLERANCE)
+    ours, theirs = two.checkpoint("large resumed"), one.checkpoint("large")
+    assert largest_difference(load_parameters(ours), load_parameters(theirs)) < TOLERANCE
+
+
+@pytest.mark.parametrize("layout", PRECISIONS)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_precision_trains_like_float32_in_every_layout(dtype: str, layout: str, one: Runs, two: Runs):
+    """Measured: losses within 0.0016 nats, norms within 0.7 %."""
+    name = f"{dtype} {layout}"
+    assert two.losses(name) == pytest.approx(one.losses("float32"), abs=0.005)
+    assert two.norms(name) == pytest.approx(one.norms("float32"), rel=0.02)
+    assert two.losses(name) != one.losses("float32")
+    carry = load_carry(two.checkpoint(name), range(8))
+    assert {tensor.dtype for name, tensor in carry.items() if name.endswith(".state")} == {torch.float32}
+    assert {tensor.dtype for name, tensor in carry.items() if not name.endswith(".state")} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("layout", ["zero 0", "zero 1", "zero 2", "zero 3"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gradients_of_ranks_and_micro_batches_are_added_up_in_float32(dtype: str, layout: str, one: Runs, two: Runs):
+    """In half precision two ranks with four micro-batches would be off by a thousandth."""
+    first = two.norms(f"{dtype} {layout}")[0]
+    assert first == pytest.approx(two.norms(f"{dtype} zero 0")[0], rel=1e-6)
+    assert first == pytest.approx(one.norms(dtype)[0], rel=1e-4)
+
+
+@needs_float16
+@pytest.mark.parametrize("layout", [*PRECISIONS, "resumed"])
+def test_a_step_that_float16_skips_still_advances_carry_and_position(layout: str, two: Runs):
+    name = f"overflow {layout}"
+    lines = two.metrics(name)
+    skipped = [line["step"] for line in lines if line["skipped"]]
+    assert skipped[:3] == [1, 2, 3]
+    assert len(skipped) < 8
+    assert [line["grad_norm"] for line in lines[:3]] == [None] * 3
+    assert all(math.isfinite(line["grad_norm"]) for line in lines if not line["skipped"])
+    for before, line in pairwise(lines):
+        assert line["loss_scale"] == (before["loss_scale"] / 2 if before["skipped"] else before["loss_scale"])
+    # The weights stood still, and the lanes read on.
+    plain = two.metrics("float16 zero 1")
+    assert [line["tokens"] for line in lines] == [line["tokens"] for line in plain]
+    assert lines[0]["loss"] == pytest.approx(plain[0]["loss"], abs=1e-3)
+    assert lines[1]["loss"] != lines[0]["loss"]
+    facts = read_facts(two.checkpoint(name))
+    assert (facts["position"], facts["skipped_steps"]) == (STEPS, len(skipped))
+    assert facts["optimizer"]["loss_scale"] == lines[-1]["loss_scale"]
+
+
+@needs_float16
+def test_a_float16_run_goes_on_with_its_loss_scale_and_its_count_of_steps(one: Runs, two: Runs):
+    ours, theirs = two.metrics("overflow resumed"), one.metrics("overflow")
+    assert [line["loss_scale"] for line in ours] == [line["loss_scale"] for line in theirs]
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], abs=0.005)
