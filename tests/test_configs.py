@@ -119,7 +119,7 @@ def composed(folder: Path, *paths: Path) -> RunConfig:
 
 
 def is_part(path: Path) -> bool:
-    return path.parent == PARTS
+    return path.parent.name == "parts"
 
 
 # --- every file ---
@@ -128,7 +128,7 @@ def is_part(path: Path) -> bool:
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_every_file_loads_begins_with_what_it_is_and_builds_a_model(path: Path) -> None:
     config = load_run_config(path)
-    config.check_world(1)
+    config.check_world(config.parallel.tensor * config.parallel.pipeline)
     assert count_parameters(config.model) > 0
     if not is_part(path):
         config.require("data.shards", "run.dir")

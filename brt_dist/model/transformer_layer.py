@@ -105,7 +105,11 @@ class TransformerLayer(nn.Module):
         h_BLD = self.dropout(self.attention_norm(x_BLD))
         parts = (part.unflatten(-1, (-1, self.head_dim)) for part in self.projection(h_BLD))
         queries, keys, values, *state_queries = parts
-        return TokenViews(unit(queries), unit(keys), values, unit(state_queries[0]) if self.reads_state else None)
+        # Of a length autograd keeps float32 copies.
+        unit_queries, unit_keys, *unit_state_queries = (
+            self.recompute.attention(unit, each) for each in (queries, keys, *state_queries)
+        )
+        return TokenViews(unit_queries, unit_keys, values, unit_state_queries[0] if self.reads_state else None)
 
     def attend(self, views: TokenViews, carry: LayerCarry, starts_BC: Tensor) -> Tensor:
         """heads_BLHK of the self-attention."""

@@ -142,7 +142,7 @@ def _held_by_deepspeed(
     if parallel.zero_stage == 1 and rounded:
         # The step: gradients of ranks are added up in a copy, which ends with the first tensor beyond the bucket's
         # size, and those of all matrices are one.
-        return computing, whole, 3 * share, whole
+        return computing, computing + whole, 3 * share, whole
     if parallel.zero_stage == 1:
         return computing, whole + share, 3 * share, max(bucket, share)
     if parallel.zero_stage == 2:

@@ -68,11 +68,6 @@ class Stage(nn.Module):
         """The carry of these layers in front of the first document."""
         return Carry.fresh(self.config, lanes, device, dtype, self.numbers, self.cached_heads)
 
-    def forget_state(self, carry: Carry) -> Carry:
-        """`carry` with every state as at the start of a document; the caches stay."""
-        layers = zip(self.layers.values(), carry.layers, strict=True)
-        return Carry(tuple(cast(Any, layer).forget(layer_carry) for layer, layer_carry in layers)).detach()
-
     def layers_by_number(self) -> dict[int, TransformerLayer | RecurrentLayer]:
         """The layers by their numbers in the whole model."""
         return {int(number): cast(Any, layer) for number, layer in self.layers.items()}

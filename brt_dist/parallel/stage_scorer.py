@@ -6,6 +6,9 @@ Dimension key
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,11 +27,21 @@ class StageScorer:
 
     training: bool
 
-    def __init__(self, stage: Stage, processes: Processes, dtype: torch.dtype, sequence: bool):
-        """dtype: that of activations. sequence: tensor ranks hold a share of the tokens each between layers."""
+    def __init__(
+        self,
+        stage: Stage,
+        processes: Processes,
+        dtype: torch.dtype,
+        sequence: bool,
+        initial_states: Mapping[int, Tensor],
+    ):
+        """dtype: that of activations. sequence: tensor ranks hold a share of the tokens each between layers.
+
+        initial_states: of the stage's recurrent layers by their numbers; at ZeRO-3 they are not in the stage itself.
+        """
         self.config, self._stage, self._processes, self._dtype = stage.config, stage, processes, dtype
         self._shares = processes.tensor.size if sequence else 1
-        self.training = stage.training
+        self.training, self._initial_states = stage.training, initial_states
 
     def train(self, mode: bool = True) -> None:
         """Switches dropout on or off."""
@@ -37,7 +50,11 @@ class StageScorer:
 
     def forget_state(self, carry: Carry) -> Carry:
         """`carry` with its states as at the start of a document, its caches as they are."""
-        return self._stage.forget_state(carry)
+        layers = dict(zip(self._stage.numbers, carry.layers, strict=True))
+        for number, initial_SD in self._initial_states.items():
+            state_BSD = layers[number].states()
+            layers[number] = replace(layers[number], state_BSD=initial_SD.to(state_BSD.dtype).expand_as(state_BSD))
+        return Carry(tuple(layers.values())).detach()
 
     @torch.no_grad()
     def token_losses(

@@ -22,7 +22,7 @@ from brt_dist.parallel.carry_slots import CarrySlots
 from brt_dist.parallel.config import ParallelConfig
 from brt_dist.parallel.parallelize import build_stage, whole_shapes
 from brt_dist.parallel.process_groups import Processes
-from brt_dist.parallel.stage import Stage
+from brt_dist.parallel.stage_scorer import StageScorer
 from brt_dist.parallel.tensor_parallel import cut_of, cuts, merge, share
 from brt_dist.train.config import OptimizerConfig, TrainConfig
 from brt_dist.train.deepspeed_config import ModelParallelUnit, deepspeed_config, initialize
@@ -123,8 +123,8 @@ class Engine:
         return StepResult(nats / max(1, predicted), self.optimizer.grad_norm, self.optimizer.skipped, told_scale)
 
     @contextmanager
-    def scoring(self) -> Iterator[Stage]:
-        """This stage with its weights in the dtype that training computes in.
+    def scoring(self) -> Iterator[StageScorer]:
+        """What scores tokens with the weights as they are, in the dtype that training computes in. A collective call.
 
         At ZeRO-0 in another precision than float32 the weights are rounded inside, and exact again behind.
         """
@@ -132,10 +132,15 @@ class Engine:
         for parameter, weight in exact.items():
             parameter.data = weight.to(self._dtype)
         try:
-            yield self.stage
+            yield StageScorer(self.stage, self.processes, self._dtype, self._parallel.sequence, self._initial_states())
         finally:
             for parameter, weight in exact.items():
                 parameter.data = weight
+
+    def _initial_states(self) -> dict[int, Tensor]:
+        names = {number: f"layers.{number}.initial_state_SD" for number in self.config.recurrent_layers}
+        own = (number for number in self.stage.numbers if number in names)
+        return {number: self.optimizer.value(names[number]).to(self._dtype) for number in own}
 
     def _rounds(self, parameter: nn.Parameter) -> bool:
         return self._parallel.zero_stage == 0 and parameter.dtype != self._dtype
@@ -221,9 +226,11 @@ class _PlainTrainer:
         self._engine.train()
         for each in inputs:
             loss, nats, carry = self._engine(each, self._slots.read(each.slot))
+            # In front of the backward pass: the carry is views of the last block of whole activations.
+            self._slots.write(each.slot, carry)
+            del carry
             self._engine.backward(loss)
             self._engine.step()
-            self._slots.write(each.slot, carry)
             total += nats
         return float(total)
 

@@ -22,6 +22,7 @@ def evaluate_during_training(
     segment: int,
     lanes: int,
     processes: Processes,
+    together: bool = False,
 ) -> dict[str, Any]:
     """Nats per predicted token over the first `limit_tokens` tokens of the first `count` documents.
 
@@ -34,9 +35,11 @@ def evaluate_during_training(
                    documents are
 
     The last two only of a model with recurrent layers, and where a document is longer than a segment. The documents are
-    divided over the data ranks; the training carry is not touched, because carries are values and this makes its own.
+    divided over the data ranks, unless `together`: then each scores all of them. The training carry is not touched,
+    because carries are values and this makes its own.
     """
-    indices = np.arange(processes.data.position, min(count, len(documents)), processes.data.size)
+    first, stride = (0, 1) if together else (processes.data.position, processes.data.size)
+    indices = np.arange(first, min(count, len(documents)), stride)
     shown = np.minimum(documents.lengths[:count] + 1, limit_tokens)
 
     def score(chosen: np.ndarray, **way: Any) -> list[np.ndarray]:
@@ -59,13 +62,16 @@ def evaluate_during_training(
     is_long = (shown[indices] > segment) & bool(model.config.recurrent_layers)
     put_back = score(indices[is_long], forget_state=True)
     kept = [nats for nats, long in zip(carried, is_long, strict=True) if long]
-    tokens, carried_sum, cleared_sum, reached, state_cost = processes.sum(
+    sums = processes.sum(
         float(shown[indices].sum()),
         _sum(carried),
         _sum(cleared),
         float(sum(len(nats) - segment for nats in kept)),
         _sum(nats[segment:] for nats in put_back) - _sum(nats[segment:] for nats in kept),
     )
+    # Where every data rank scored all documents, each document was counted so many times.
+    times = processes.data.size // stride
+    tokens, carried_sum, cleared_sum, reached, state_cost = (total / times for total in sums)
     figures = {"carried": carried_sum / tokens, "cleared": cleared_sum / tokens}
     figures["gap"] = figures["cleared"] - figures["carried"]
     if reached:

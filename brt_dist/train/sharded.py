@@ -46,12 +46,17 @@ class ShardedOptimizer:
         scaler = self._engine.optimizer.loss_scaler
         return {"loss_scale": scaler.cur_scale, "good_steps": scaler.cur_iter - scaler.last_overflow_iter - 1}
 
-    def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter in float32, one after the other. A collective call of all data ranks."""
+    def value(self, name: str) -> Tensor:
+        """One parameter in float32. A collective call of all data ranks."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        for name, parameter in self._named.items():
-            yield name, safe_get_full_fp32_param(parameter)
+        whole: Tensor = safe_get_full_fp32_param(self._named[name])
+        return whole
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter in float32, one after the other. A collective call of all data ranks."""
+        for name in self._named:
+            yield name, self.value(name)
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
         """Every moment, as `<parameter>/<moment>`, one after the other. A collective call of all data ranks."""

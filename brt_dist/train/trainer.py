@@ -26,7 +26,6 @@ from brt_dist.parallel.config import ParallelConfig
 from brt_dist.parallel.launcher import read_launch
 from brt_dist.parallel.parallelize import whole_shapes
 from brt_dist.parallel.process_groups import Processes, joined
-from brt_dist.parallel.stage_scorer import StageScorer
 from brt_dist.train.config import OptimizerConfig, RunFolderConfig, TrainConfig
 from brt_dist.train.engine import Engine, StepResult, check_dtype
 from brt_dist.train.evaluation import evaluate_during_training
@@ -197,10 +196,9 @@ class Trainer:
         return self.shards.split("validation")
 
     def _evaluate(self) -> dict[str, Any]:
-        dtype: torch.dtype = getattr(torch, self.model.dtype)
-        with self.engine.scoring() as stage:
+        with self.engine.scoring() as scorer:
             return evaluate_during_training(
-                StageScorer(stage, self.processes, dtype, self.parallel.sequence),
+                scorer,
                 self.validation,
                 self.shards.eos,
                 count=self.config.evaluate_documents,
@@ -208,6 +206,8 @@ class Trainer:
                 segment=self.data.segment,
                 lanes=self.data.lanes // self.processes.data.size,
                 processes=self.processes,
+                # At ZeRO-3 no rank can compute without the others.
+                together=self.parallel.zero_stage == 3,
             )
 
     def _introduce(self, report: Reporter) -> None:

@@ -126,6 +126,10 @@ class UnshardedOptimizer(torch.optim.Optimizer):
         dist.all_reduce(square, group=self._tensor.group)
         return square.sqrt()
 
+    def value(self, name: str) -> Tensor:
+        """One parameter in float32."""
+        return self._parameters[name].detach()
+
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter by name, one after the other."""
         yield from self._parameters.items()
