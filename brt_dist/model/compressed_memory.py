@@ -35,8 +35,7 @@ from brt_dist.model.carry import LayerCarry
 from brt_dist.model.config import ModelConfig
 from brt_dist.model.recompute import Recompute
 from brt_dist.model.recurrent_layer import RecurrentLayer
-from brt_dist.model.transformer_layer import TokenViews, TransformerLayer, unit
-from brt_dist.model.window_attention import pair_blocks
+from brt_dist.model.transformer_layer import Pieces, TokenViews, TransformerLayer, unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +151,15 @@ class RememberingLayer(nn.Module):
             carry = RememberingCarry.behind(carry, none_BMHK, none_BMHK)
         tokens = self.layer.tokens if isinstance(self.layer, RecurrentLayer) else self.layer
         views = tokens.view(x_BLD)
-        heads = [tokens.attend(views, carry, starts_BC)]
-        state_BSD = None
         if isinstance(self.layer, RecurrentLayer):
-            keys_BCXHK = pair_blocks(views.keys_BLHK, carry.keys_BWHK, starts_BC)
-            values_BCXHK = pair_blocks(views.values_BLHK, carry.values_BWHK, starts_BC)
-            state_BSD, state_keys, state_values = self.layer.recur(carry.states(), keys_BCXHK, values_BCXHK, starts_BC)
-            heads.append(tokens.attend_state(views, state_keys, state_values))
+            pieces = Pieces.of(views, carry, starts_BC)
+            state_BSD, state_keys, state_values = self.layer.recur(carry.states(), pieces, starts_BC)
+            heads = [
+                tokens.attend(views, carry, starts_BC, pieces),
+                tokens.attend_state(views, state_keys, state_values),
+            ]
+        else:
+            state_BSD, heads = None, [tokens.attend(views, carry, starts_BC)]
         remembered_BLD, memory_keys_BMHK, memory_values_BMHK = self.memory(views, carry, starts_BC)
         out_BLD = tokens.finish(x_BLD + remembered_BLD, *heads)
         plain = tokens.carry_on(views, state_BSD)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from brt_dist.model.carry import Carry
 from brt_dist.model.recurrent_layer import RecurrentLayer
-from brt_dist.model.transformer_layer import TransformerLayer
-from brt_dist.model.window_attention import pair_blocks
+from brt_dist.model.transformer_layer import Pieces, TransformerLayer
 
 
 def run_with_feedback(
@@ -50,14 +49,13 @@ def _run_block(layers: Sequence[nn.Module], x_BWD: Tensor, carry: Carry, starts_
         tokens = layer.tokens if isinstance(layer, RecurrentLayer) else layer
         assert isinstance(tokens, TransformerLayer)
         token_views = tokens.view(x_BWD)
-        heads = tokens.attend(token_views, layer_carry, starts_B[:, None])
         read = views.get(index, fed_back)
-        state_heads = tokens.attend_state(token_views, read.keys_BSHK[:, None], read.values_BSHK[:, None])
-        state_BSD = None
+        state_BSD, pieces = None, None
         if isinstance(layer, RecurrentLayer):
-            keys_BCXHK = pair_blocks(token_views.keys_BLHK, layer_carry.keys_BWHK, starts_B[:, None])
-            values_BCXHK = pair_blocks(token_views.values_BLHK, layer_carry.values_BWHK, starts_B[:, None])
-            state_BSD = layer.cell(states[index], read, keys_BCXHK[:, 0], values_BCXHK[:, 0])
+            pieces = Pieces.of(token_views, layer_carry, starts_B[:, None])
+            state_BSD = layer.cell(states[index], read, pieces.keys_BCXHK[:, 0], pieces.values_BCXHK[:, 0])
+        heads = tokens.attend(token_views, layer_carry, starts_B[:, None], pieces)
+        state_heads = tokens.attend_state(token_views, read.keys_BSHK[:, None], read.values_BSHK[:, None])
         x_BWD = tokens.finish(x_BWD, heads, state_heads)
         carries.append(tokens.carry_on(token_views, state_BSD))
     return x_BWD, Carry(tuple(carries))

@@ -22,8 +22,8 @@ from brt_dist.model.config import ModelConfig
 from brt_dist.model.recompute import Recompute
 from brt_dist.model.stacked_linear import StackedLinear
 from brt_dist.model.state_update import StateNorm, make_update
-from brt_dist.model.transformer_layer import TransformerLayer, unit
-from brt_dist.model.window_attention import attend_all, pair_blocks
+from brt_dist.model.transformer_layer import Pieces, TransformerLayer, unit
+from brt_dist.model.window_attention import attend_all
 
 
 @dataclass(frozen=True)
@@ -81,25 +81,22 @@ class RecurrentLayer(nn.Module):
     def forward(self, x_BLD: Tensor, carry: LayerCarry, starts_BC: Tensor) -> tuple[Tensor, LayerCarry]:
         """The layer's output for a segment, and its carry for the next one."""
         views = self.tokens.view(x_BLD)
-        keys_BCXHK = pair_blocks(views.keys_BLHK, carry.keys_BWHK, starts_BC)
-        values_BCXHK = pair_blocks(views.values_BLHK, carry.values_BWHK, starts_BC)
-        state_BSD, state_keys, state_values = self.recur(carry.states(), keys_BCXHK, values_BCXHK, starts_BC)
+        pieces = Pieces.of(views, carry, starts_BC)
+        state_BSD, state_keys, state_values = self.recur(carry.states(), pieces, starts_BC)
         out_BLD = self.tokens.finish(
             x_BLD,
-            self.tokens.attend(views, carry, starts_BC),
+            self.tokens.attend(views, carry, starts_BC, pieces),
             self.tokens.attend_state(views, state_keys, state_values),
         )
         return out_BLD, self.tokens.carry_on(views, state_BSD)
 
-    def recur(
-        self, state_BSD: Tensor, keys_BCXHK: Tensor, values_BCXHK: Tensor, starts_BC: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def recur(self, state_BSD: Tensor, pieces: Pieces, starts_BC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Phase one. Returns the last state and the keys_BCSHK and values_BCSHK that each block's tokens read."""
         state_keys, state_values = [], []
         for block in range(starts_BC.shape[1]):
             state_BSD = self.open(state_BSD, starts_BC[:, block])
             views = self.cell.view(state_BSD)
-            state_BSD = self.cell(state_BSD, views, keys_BCXHK[:, block], values_BCXHK[:, block])
+            state_BSD = self.cell(state_BSD, views, pieces.keys_BCXHK[:, block], pieces.values_BCXHK[:, block])
             state_keys.append(views.keys_BSHK)
             state_values.append(views.values_BSHK)
         return state_BSD, torch.stack(state_keys, dim=1), torch.stack(state_values, dim=1)

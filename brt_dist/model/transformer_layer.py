@@ -70,6 +70,22 @@ class TokenViews:
     state_queries_BLHK: Tensor | None
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """What the tokens of each block offer together with those of the block before it; keys are unrotated."""
+
+    keys_BCXHK: Tensor
+    values_BCXHK: Tensor
+
+    @classmethod
+    def of(cls, views: TokenViews, carry: LayerCarry, starts_BC: Tensor) -> Pieces:
+        """The pieces of a segment."""
+        return cls(
+            pair_blocks(views.keys_BLHK, carry.keys_BWHK, starts_BC),
+            pair_blocks(views.values_BLHK, carry.values_BWHK, starts_BC),
+        )
+
+
 class TransformerLayer(nn.Module):
     """Pre-norm layer whose tokens attend to the W tokens before them and, if `reads_state`, to a state as well.
 
@@ -111,20 +127,23 @@ class TransformerLayer(nn.Module):
         )
         return TokenViews(unit_queries, unit_keys, values, unit_state_queries[0] if self.reads_state else None)
 
-    def attend(self, views: TokenViews, carry: LayerCarry, starts_BC: Tensor) -> Tensor:
-        """heads_BLHK of the self-attention."""
-        return self.recompute.attention(self._attend, views, carry, starts_BC)
+    def attend(self, views: TokenViews, carry: LayerCarry, starts_BC: Tensor, pieces: Pieces | None = None) -> Tensor:
+        """heads_BLHK of the self-attention. pieces: where a state has them already, so that they are held once."""
+        return self.recompute.attention(self._attend, views, carry, starts_BC, pieces)
 
-    def _attend(self, views: TokenViews, carry: LayerCarry, starts_BC: Tensor) -> Tensor:
-        queries_BLHK, keys_BLHK, cache_BWHK = views.queries_BLHK, views.keys_BLHK, carry.keys_BWHK
+    def _attend(self, views: TokenViews, carry: LayerCarry, starts_BC: Tensor, pieces: Pieces | None) -> Tensor:
+        queries_BLHK = views.queries_BLHK
         if self.position == "rotary":
-            queries_BLHK, keys_BLHK = rotate(queries_BLHK, 0), rotate(keys_BLHK, 0)
-            cache_BWHK = rotate(cache_BWHK, -self.window)
+            queries_BLHK = rotate(queries_BLHK, 0)
+            keys_BCXHK = pair_blocks(rotate(views.keys_BLHK, 0), rotate(carry.keys_BWHK, -self.window), starts_BC)
+        else:
+            keys_BCXHK = pieces.keys_BCXHK if pieces else pair_blocks(views.keys_BLHK, carry.keys_BWHK, starts_BC)
+        values_BCXHK = pieces.values_BCXHK if pieces else pair_blocks(views.values_BLHK, carry.values_BWHK, starts_BC)
         bias_HW = None if self.bias is None else self.bias()
         return window_attention(
             queries_BLHK,
-            pair_blocks(keys_BLHK, cache_BWHK, starts_BC),
-            pair_blocks(views.values_BLHK, carry.values_BWHK, starts_BC),
+            keys_BCXHK,
+            values_BCXHK,
             self.scale_H.abs(),
             bias_HW,
             rung_here(queries_BLHK.device, queries_BLHK.dtype, self.head_dim, bias_HW is not None),

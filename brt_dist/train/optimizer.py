@@ -99,9 +99,14 @@ def make_state(optimizer: Optimizer) -> None:
     """Give every tensor now the zeros that torch's AdamW and Muon would give it in their first step."""
     for group in optimizer.param_groups:
         for tensor in group["params"]:
-            if not optimizer.state[tensor]:
-                zeros = {name: torch.zeros_like(tensor) for name in MOMENTS[type(optimizer).__name__]}
-                optimizer.state[tensor] = {"step": torch.tensor(0.0), **zeros}
+            make_state_of(tensor, optimizer)
+
+
+def make_state_of(tensor: Tensor, optimizer: Optimizer) -> None:
+    """As `make_state`, of one tensor."""
+    if not optimizer.state[tensor]:
+        zeros = {name: torch.zeros_like(tensor) for name in MOMENTS[type(optimizer).__name__]}
+        optimizer.state[tensor] = {"step": torch.tensor(0.0), **zeros}
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:

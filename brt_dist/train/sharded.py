@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from brt_dist.train.optimizer import MOMENTS, make_state
+from brt_dist.train.optimizer import MOMENTS, make_state, make_state_of
 
 
 class ShardedOptimizer:
@@ -20,8 +21,12 @@ class ShardedOptimizer:
         self._adamw = engine.optimizer.optimizer
         # DeepSpeed links moments to parameters during the step of the first parameter group, when those of the others
         # would still be missing.
-        make_state(self._adamw)
-        if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        if self._partitioned:
+            # It hands AdamW the tensors of a group only while that steps.
+            for flat in engine.optimizer.fp32_partitioned_groups_flat:
+                make_state_of(flat, self._adamw)
+        else:
+            make_state(self._adamw)
             engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     @property
@@ -46,6 +51,11 @@ class ShardedOptimizer:
         scaler = self._engine.optimizer.loss_scaler
         return {"loss_scale": scaler.cur_scale, "good_steps": scaler.cur_iter - scaler.last_overflow_iter - 1}
 
+    @property
+    def _partitioned(self) -> bool:
+        """Whether parameters are cut too (ZeRO-3)."""
+        return bool(self._engine.zero_optimization_partition_weights())
+
     def value(self, name: str) -> Tensor:
         """One parameter in float32. A collective call of all data ranks."""
         from deepspeed.utils import safe_get_full_fp32_param
@@ -67,19 +77,23 @@ class ShardedOptimizer:
                 yield f"{name}/{moment}", safe_get_full_optimizer_state(parameter, moment)
 
     def set_parameters(self, value: Callable[[str], Tensor]) -> None:
-        """Give every parameter its float32 value, and round the one that computes. A collective call."""
-        from deepspeed.utils import safe_set_full_fp32_param
+        """Give every parameter its float32 value, and round the one that computes."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         for name, parameter in self._named.items():
             new = value(name).to(self._engine.device)
-            if not hasattr(parameter, "ds_id"):
+            if self._partitioned:
+                own = _own_part(new, parameter)
+                safe_set_local_fp32_param(parameter, own)
+                parameter.ds_tensor.data.copy_(own)  # type: ignore[attr-defined]
+            else:
                 with torch.no_grad():
                     parameter.copy_(new)
-            safe_set_full_fp32_param(parameter, new)
+                safe_set_full_fp32_param(parameter, new)
 
     def restore(self, value: Callable[[str], Tensor], steps: int, progress: Mapping[str, float]) -> None:
-        """Take up the parameters and moments that `value` gives by name, after `steps` steps. A collective call."""
-        from deepspeed.utils import safe_set_full_optimizer_state
+        """Take up the parameters and moments that `value` gives by name, after `steps` steps."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if self._engine.fp16_enabled() and progress:
             scaler = self._engine.optimizer.loss_scaler
@@ -91,4 +105,17 @@ class ShardedOptimizer:
         for name, parameter in self._named.items():
             for moment in MOMENTS["AdamW"]:
                 new = value(f"{name}/{moment}").to(self._engine.device)
-                safe_set_full_optimizer_state(parameter, new, moment)
+                if self._partitioned:
+                    safe_set_local_optimizer_state(parameter, _own_part(new, parameter), moment)
+                else:
+                    safe_set_full_optimizer_state(parameter, new, moment)
+
+
+def _own_part(whole: Tensor, parameter: Any) -> Tensor:
+    """This rank's part of a tensor at ZeRO-3: equal parts of its entries, zeros behind the last.
+
+    DeepSpeed's own function for whole tensors reaches over the end where the parts are not equal.
+    """
+    group, size = parameter.ds_process_group, parameter.ds_tensor.numel()
+    flat = nn.functional.pad(whole.flatten(), (0, size * dist.get_world_size(group) - whole.numel()))
+    return flat.narrow(0, size * dist.get_rank(group), size)

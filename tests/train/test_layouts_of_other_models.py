@@ -18,8 +18,16 @@ TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
 SEQUENCE, FULL, SELECTIVE = "parallel.sequence=true", "parallel.recompute=full", "parallel.recompute=selective"
 ZERO_3, TWO, FOUR = "parallel.zero_stage=3", "parallel.micro_batches=2", "parallel.micro_batches=4"
 EVALUATED = ("train.evaluate_every=6", "train.evaluate_documents=5", "train.evaluate_tokens=100")
-# DeepSpeed never takes away parameters of fewer than 100,000 entries; here the embedding and the MLP have more.
-LARGE = ("model.dim=320", "model.mlp_dim=640", "model.num_heads=4", "model.head_dim=80", *EVALUATED)
+# DeepSpeed never takes away parameters of fewer than 100,000 entries; here the embedding and the MLP have more, and
+# many parameters have an odd number of them.
+LARGE = (
+    "model.dim=321",
+    "model.mlp_dim=641",
+    "model.num_heads=3",
+    "model.head_dim=81",
+    "model.position=none",
+    *EVALUATED,
+)
 
 
 @dataclass(frozen=True)
