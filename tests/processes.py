@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -21,7 +21,7 @@ BRT = ["-m", "brt_dist"]
 
 def command(launcher: str, ranks: int, program: Sequence[str]) -> list[str]:
     """The command line that starts `program` (what follows `python`) in `ranks` processes."""
-    port = _free_port()
+    port = free_port()
     return {
         "python": [sys.executable, *program],
         "torchrun": [str(BIN / "torchrun"), "--master_port", port, "--nproc_per_node", str(ranks), *program],
@@ -33,11 +33,14 @@ def command(launcher: str, ranks: int, program: Sequence[str]) -> list[str]:
     }[launcher]
 
 
-def start(launcher: str, ranks: int, program: Sequence[str]) -> subprocess.Popen[str]:
-    """Starts `program`, one thread a process, and gives its pipes."""
+def start(
+    launcher: str, ranks: int, program: Sequence[str], told: Mapping[str, object] | None = None
+) -> subprocess.Popen[str]:
+    """Starts `program`, one thread a process, and gives its pipes; `told` is added to its environment."""
     taken = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in taken}
     environment |= {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {name: str(value) for name, value in (told or {}).items()}
     environment["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
     return subprocess.Popen(
         command(launcher, ranks, program),
@@ -73,7 +76,8 @@ def run_in_turn(launcher: str, ranks: int, commands: Sequence[Sequence[str]]) ->
     return [(status, output) for status, output in map(json.loads, done.stdout.splitlines())]
 
 
-def _free_port() -> str:
+def free_port() -> str:
+    """A port of this machine that nobody uses."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return str(taken.getsockname()[1])

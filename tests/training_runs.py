@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,14 @@ def finished(
         assert status == (2 if name in refused else 0), output
         (runs.folder / f"{name}.txt").write_text(output)
     return runs
+
+
+def wait_for_lines(path: Path, count: int, seconds: float) -> None:
+    """Until the file has so many lines; fails after `seconds`."""
+    end = time.monotonic() + seconds
+    while not path.exists() or path.read_text().count("\n") < count:
+        assert time.monotonic() < end, f"{path} has no {count} lines after {seconds} s"
+        time.sleep(0.01)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

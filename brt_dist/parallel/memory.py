@@ -21,11 +21,13 @@ Letters, all of one rank and one micro-batch:
 matrix product keeps its input, a norm its input and one root a row, unit length its input in float32 and a root, a
 scale what it multiplies, ReLU its output, an attention queries, keys, values, output and one logarithm a row. An
 ordinary layer in bfloat16 comes to n (8D + 8) + N (24I + 12H + 2M) bytes. A recurrent layer's token side has a fourth
-part of the projection, a second attention, a second half of the output projection's input and unrotated pieces for
-the state; its state loop keeps everything of every block, and what has the model's width there whole on every rank.
+part of the projection, a second attention, a second half of the output projection's input and unrotated pieces of
+keys for the state, which reads the same pieces of values; its state loop keeps everything of every block, and what has
+the model's width there whole on every rank.
 
-**Recomputation.** "selective": attentions keep their arguments instead, the values as a view of the whole projection
-and the cache with them; the MLP its input. "full": a layer keeps its input and the carry it read.
+**Recomputation.** "selective": unit length keeps the projection instead, whose views it was given; attentions their
+arguments, the values as another view of it, and the cache; the MLP its input. "full": a layer keeps its input and the
+carry it read.
 
 **A pipeline** (1F1B) keeps that of min(micro_batches, stages - stage) micro-batches, with the output of each.
 
@@ -159,18 +161,19 @@ def _gathered(parallel: ParallelConfig, sizes: _Sizes, parameters: int) -> int:
 
 
 def _temporary(layers: list[_Layer], read: int, sizes: _Sizes, parallel: ParallelConfig, is_last: bool) -> int:
-    # Until the next carry is in its slot, its caches are views of the whole segment's keys and projections.
-    views = sum(layer.held_by_carry() for layer in layers)
+    # Until the next carry is in its slot, between the two passes, its caches are views of the whole segment's keys and
+    # projections.
+    forward = read + sum(layer.held_by_carry() for layer in layers)
     backward = max(layer.backward() for layer in layers)
     loss = sizes.head_temporary() if is_last else 0
     # Megatron-core's buffer of tokens gathered in front of a product.
     shared = sizes.tokens * sizes.activation * sizes.dim if parallel.sequence else 0
     if parallel.pipeline == 1:
-        # The next carry is written behind the backward pass.
-        return views + shared + max(read + loss, backward)
+        # The loss is part of the forward pass.
+        return shared + max(forward + loss, backward)
     # Buffers of what is received, of its gradient, and of the gradient that is sent.
     buffers = 3 * sizes.token_shares * sizes.activation * sizes.dim
-    return buffers + shared + max(read + views, loss, backward)
+    return buffers + shared + max(forward, loss, backward)
 
 
 @dataclass(frozen=True)
@@ -267,11 +270,10 @@ class _Layer:
             return sizes.token_shares * e * sizes.dim + self.carry()
         kept = self._projected() + self._finished() + (self._state_loop() if self.recurs else 0)
         if self.how == "none":
-            return kept + self._attention() + self._mlp()
-        # Unit queries and keys, and what asks the state; the projection, of which the values are a view.
-        arguments = sizes.tokens * (self.parts - 1) * e * sizes.inner
-        if sizes.is_rounded:
-            arguments += self._projection()
+            return kept + self._unit() + self._attention() + self._mlp()
+        # Unit queries and keys, and what asks the state; the projection, of which the values and all that is brought to
+        # unit length are views.
+        arguments = sizes.tokens * (self.parts - 1) * e * sizes.inner + self._projection()
         return kept + arguments + self.carry()
 
     def held_by_carry(self) -> int:
@@ -307,18 +309,24 @@ class _Layer:
         return self.sizes.tokens * self.sizes.activation * self.sizes.inner + self._projection()
 
     def _projected(self) -> int:
-        """Norm, projection, unit length; the float32 copies are the projection itself where it is float32."""
+        """Of the norm and of the projection."""
+        return self.sizes.norm() + self.sizes.token_shares * self.sizes.activation * self.sizes.dim
+
+    def _unit(self) -> int:
+        """Of unit length; the float32 copies are the projection itself where it is float32."""
         sizes = self.sizes
         copies = sizes.tokens * (self.parts - 1) * FLOAT32 * sizes.inner if sizes.is_rounded else self._projection()
-        roots = sizes.tokens * (self.parts - 1) * FLOAT32 * sizes.heads
-        return sizes.norm() + sizes.token_shares * sizes.activation * sizes.dim + copies + roots
+        return copies + sizes.tokens * (self.parts - 1) * FLOAT32 * sizes.heads
 
     def _attention(self) -> int:
-        """Of tokens to tokens: queries before and behind the scale, keys and values twice, output; and to the state."""
+        """Of tokens to tokens: queries before and behind the scale, two windows of keys, output; and to the state.
+
+        Two windows of values, which are the state's where there is one.
+        """
         sizes, e = self.sizes, self.sizes.activation
         # Cosines and sines of a segment's positions, for queries and for keys.
         angles = 2 * sizes.segment * self.model.head_dim * FLOAT32 if self.model.position == "rotary" else 0
-        to_tokens = sizes.tokens * (7 * e * sizes.inner + FLOAT32 * sizes.heads)
+        to_tokens = sizes.tokens * ((5 if self.recurs else 7) * e * sizes.inner + FLOAT32 * sizes.heads)
         to_state = sizes.tokens * (3 * e * sizes.inner + FLOAT32 * sizes.heads)
         return angles + to_tokens + (to_state if self.recurs else 0)
 

@@ -133,12 +133,12 @@ def measure_kept(model: ModelConfig, parallel: ParallelConfig, number: int) -> i
 
 
 def measure_most(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """The most bytes alive in a forward and a backward pass of the whole model, in which the next carry waits."""
+    """The most bytes alive in a forward and a backward pass of the whole model; between them the carry is written."""
     with built(model, parallel, 0) as stage:
         live, nats, carry = forward(stage, parallel)
+        del carry
         with live:
             nats.backward()
-        del carry
         return live.most
 
 

@@ -12,16 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 from processes import BRT, finish, run, start
-from training_runs import Runs
+from training_runs import Runs, wait_for_lines
 
 LONG = ("train.steps=40", "train.save_every=10")
-
-
-def wait_for_lines(path: Path, count: int, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists() or path.read_text().count("\n") < count:
-        assert time.monotonic() < end, f"{path} has no {count} lines after {seconds} s"
-        time.sleep(0.01)
 
 
 def test_when_a_process_is_killed_all_end_and_another_launcher_goes_on_as_if_unbroken(
