@@ -22,6 +22,8 @@ setup(
     install_requires=[
         "torch>=2.7",
         "deepspeed>=0.18",
+        # From 0.17 on for Python 3.12 and newer only.
+        "megatron-core>=0.16",
         "sentencepiece>=0.2",
         "pyarrow>=16",
         "mpi4py>=4.0",

@@ -220,9 +220,13 @@ class _Sizes:
         return self.norm() + self.activation * self.dim * (self.tokens + self.entries)
 
     def head_temporary(self) -> int:
-        """A chunk of logits in float32 three times, the rows' gradient in float32, and a chunk's share of it."""
-        logits = 3 * FLOAT32 * min(CHUNK, self.tokens) * self.entries
-        return logits + (FLOAT32 + self.activation) * self.entries * self.dim
+        """Logits of a chunk, and the rows' gradient in float32, or a chunk's share of it where that is not a copy."""
+        # Product and quotient, or quotient and gradient, which is rounded then.
+        logits = 2 * FLOAT32 + (self.activation if self.is_rounded else 0)
+        if self.tokens > CHUNK:
+            # Product and quotient beside those of the chunk before, of which quotient and gradient are still there.
+            logits = 3 * FLOAT32 + self.activation
+        return logits * min(CHUNK, self.tokens) * self.entries + FLOAT32 * self.entries * self.dim
 
 
 def _sizes(model: ModelConfig, parallel: ParallelConfig, segment: int, lanes: int) -> _Sizes:
@@ -344,10 +348,12 @@ class _Layer:
         """Unrotated pieces for all blocks; views of every block's state; what advanced it, but for the last block."""
         sizes, e = self.sizes, self.sizes.activation
         pieces = sizes.tokens * 4 * e * sizes.inner
-        # The state and its norm's root; the projection's input, and its output, which holds the values.
-        view = FLOAT32 * sizes.dim + FLOAT32 + e * sizes.dim + 4 * e * sizes.inner
-        # Keys in float32 and their root; keys; keys and values stacked for the tokens.
-        view += sizes.copied() + FLOAT32 * sizes.heads + 3 * e * sizes.inner
+        # The state and its norm's root; the projection's input.
+        view = FLOAT32 * sizes.dim + FLOAT32 + e * sizes.dim
+        # Keys in float32 and their root, a view of the projection where it is float32; keys and values stacked for the
+        # tokens.
+        copied = sizes.copied() if sizes.is_rounded else 4 * e * sizes.inner
+        view += copied + FLOAT32 * sizes.heads + 2 * e * sizes.inner
         advanced = sizes.state_vectors - sizes.lanes * sizes.states
         return pieces + sizes.state_vectors * view + advanced * self._advanced()
 
@@ -356,7 +362,9 @@ class _Layer:
         sizes, e = self.sizes, self.sizes.activation
         # Queries in float32 and their root, before and behind the scale; output and logarithm.
         attention = sizes.copied() + 3 * e * sizes.inner + 2 * FLOAT32 * sizes.heads
-        return 2 * attention + self._update()
+        # Keys, and values as a view of the projection, which a float32 length holds anyway.
+        offered = e * sizes.inner + (4 * e * sizes.inner if sizes.is_rounded else 0)
+        return 2 * attention + offered + self._update()
 
     def _update(self) -> int:
         """Of one state vector: what was read, and the cell's gates and MLP."""

@@ -18,7 +18,6 @@ from brt_dist.data.atomic_file import whole_file, write_json
 from brt_dist.data.config import DataConfig
 from brt_dist.data.errors import BadInput
 from brt_dist.model.config import ModelConfig
-from brt_dist.parallel.config import ParallelConfig
 from brt_dist.train.config import OptimizerConfig, TrainConfig
 
 CONFIG = "config.yaml"
@@ -33,8 +32,6 @@ FREE_KEYS = (
     *(f"train.{key}" for key in ("steps", "save_every", "profile_steps")),
     *(f"train.{key}" for key in ("evaluate_every", "evaluate_documents", "evaluate_tokens", "health_every")),
 )
-
-READING_KEYS = ("micro_batch_axis", "micro_batches")
 
 Config = Mapping[str, Mapping[str, Any]]
 
@@ -73,9 +70,9 @@ def differences(there: Config, here: Config) -> list[str]:
 
 def _reading(config: Config) -> dict[str, Any]:
     """How much of its lanes a step reads: all that the layout decides of a result."""
-    keys = {name: value for name, value in config.get("parallel", {}).items() if name in READING_KEYS}
-    step = ParallelConfig(**keys).segments_per_step
-    return {f"the number of segments in a step ({', '.join(f'parallel.{key}' for key in READING_KEYS)})": step}
+    parallel = config.get("parallel", {})
+    segments = parallel.get("micro_batches", 1) if parallel.get("micro_batch_axis") == "segments" else 1
+    return {"the number of segments in a step (parallel.micro_batch_axis, parallel.micro_batches)": segments}
 
 
 def _with_defaults(config: Config) -> Config:

@@ -77,6 +77,49 @@ def test_an_optimizer_of_whole_matrices_is_refused_with_the_reason_wherever_zero
     assert not (runs.folder / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("parallel.tensor=2",), "1 processes were started, which tensor 2 x pipeline 1 = 2 does not divide"),
+        (("parallel.pipeline=2",), "1 processes were started, which tensor 1 x pipeline 2 = 2 does not divide"),
+        (("parallel.tensor=4",), "model.num_heads is 2, which parallel.tensor 4 does not divide"),
+        (
+            ("parallel.tensor=2", "tokenizer.vocab_size=385"),
+            "model.vocab_size is 385, which parallel.tensor 2 does not",
+        ),
+        (("parallel.pipeline=4",), "parallel.pipeline is 4, but there are only 3 layers"),
+        (("parallel.pipeline=2", "model.feedback=true"), "set parallel.pipeline=1 or model.feedback=false"),
+        (("parallel.pipeline=2", "parallel.zero_stage=2"), "parallel.zero_stage is 2 with parallel.pipeline 2"),
+        (("parallel.tensor=2", "parallel.zero_stage=3"), "parallel.zero_stage is 3 with parallel.tensor 2"),
+        (("parallel.recompute=ful",), 'parallel.recompute is "ful"; expected one of none, selective, full'),
+        (
+            ("data.lanes=3", "parallel.micro_batches=2"),
+            "data.lanes is 3, which parallel.micro_batches 2 does not divide",
+        ),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused_with_the_numbers(
+    overrides: tuple[str, ...], words: str, runs: Runs, refused: Refused
+):
+    assert words in refused(runs.command("run", *overrides))
+    assert not (runs.folder / "run").exists()
+
+
+def test_micro_batches_along_segments_divide_no_lanes(runs: Runs):
+    config = runs.loaded("data.lanes=3", "parallel.micro_batches=2", "parallel.micro_batch_axis=segments")
+    config.check_world(3)
+
+
+def test_a_run_does_not_go_on_with_another_number_of_segments_in_a_step(alone: Runs, refused: Refused):
+    before = everything(alone.folder / "plain")
+    overrides = ("parallel.micro_batch_axis=segments", "parallel.micro_batches=2")
+    line = refused(alone.command("plain", *overrides))
+    assert (
+        "the number of segments in a step (parallel.micro_batch_axis, parallel.micro_batches) is 1 there and 2" in line
+    )
+    assert everything(alone.folder / "plain") == before
+
+
 def test_zero_0_is_refused_in_a_pipeline_with_the_reason(runs: Runs, refused: Refused):
     line = refused(runs.command("run", "parallel.zero_stage=0", "parallel.pipeline=2"))
     assert "parallel.zero_stage is 0 with parallel.pipeline 2" in line
