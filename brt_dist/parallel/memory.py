@@ -98,10 +98,7 @@ def memory_of_rank(
     sizes = _sizes(model, parallel, segment, lanes)
     weights, gradients, optimizer, step = _held_by_deepspeed(parallel, sizes.activation, data_ranks, parameters)
     numbers = divide_layers(model, parallel.pipeline)[stage]
-    layers = [
-        _Layer(sizes, model, index in model.recurrent_layers, _recompute(parallel, index), parallel.tensor)
-        for index in numbers
-    ]
+    layers = [_Layer(sizes, model, index in model.recurrent_layers, _recompute(parallel, index)) for index in numbers]
     is_last = numbers.stop == model.num_layers
     kept = sum(layer.kept() for layer in layers)
     kept += sizes.head_kept() if is_last else 0
@@ -181,6 +178,7 @@ class _Sizes:
     """The letters above, and what the formulas need of the lanes; `activation` is e."""
 
     activation: int
+    tensor: int
     lanes: int
     segment: int
     tokens: int
@@ -220,19 +218,23 @@ class _Sizes:
         return self.norm() + self.activation * self.dim * (self.tokens + self.entries)
 
     def head_temporary(self) -> int:
-        """Logits of a chunk, and the rows' gradient in float32, or a chunk's share of it where that is not a copy."""
-        # Product and quotient, or quotient and gradient, which is rounded then.
-        logits = 2 * FLOAT32 + (self.activation if self.is_rounded else 0)
+        """The loss's input; a chunk's logits; the rows' gradient in float32, or a chunk's share of it in float32 runs."""
+        # Logits and their gradient, which is then rounded.
+        rounded = self.activation if self.is_rounded else 0
+        logits = 2 * FLOAT32 + rounded
         if self.tokens > CHUNK:
-            # Product and quotient beside those of the chunk before, of which quotient and gradient are still there.
-            logits = 3 * FLOAT32 + self.activation
-        return logits * min(CHUNK, self.tokens) * self.entries + FLOAT32 * self.entries * self.dim
+            # Logits before and behind the division, while those of the chunk before are still there with their
+            # gradient, which tensor ranks compute in place.
+            logits = 3 * FLOAT32 + (rounded if self.tensor > 1 else self.activation)
+        rows = FLOAT32 * self.entries * self.dim
+        return self.activation * self.tokens * self.dim + logits * min(CHUNK, self.tokens) * self.entries + rows
 
 
 def _sizes(model: ModelConfig, parallel: ParallelConfig, segment: int, lanes: int) -> _Sizes:
     tokens, tensor = lanes * segment, parallel.tensor
     return _Sizes(
         activation=FLOAT32 if model.dtype == "float32" else 2,
+        tensor=tensor,
         lanes=lanes,
         segment=segment,
         tokens=tokens,
@@ -256,7 +258,6 @@ class _Layer:
     model: ModelConfig
     recurs: bool
     how: str
-    tensor: int
 
     @property
     def parts(self) -> int:
@@ -292,18 +293,18 @@ class _Layer:
     def backward(self) -> int:
         """What is computed again, and the gradients that meet while the layer goes back."""
         sizes, e = self.sizes, self.sizes.activation
-        residual = 2 * sizes.token_shares * e * sizes.dim
+        gradient = sizes.token_shares * e * sizes.dim
         # Of the MLP's hidden vectors, behind and before the ReLU; of queries, and of two windows of keys and values.
         mlp, attention = 2 * self._mlp(), 5 * sizes.tokens * e * sizes.inner
         if sizes.token_shares < sizes.tokens:
             # The gradient of all tokens in front of the MLP, before it is scattered.
             mlp += sizes.tokens * e * sizes.dim
         if self.how == "selective":
-            return residual + max(self._mlp() + mlp, self._attention() + attention)
+            return 2 * gradient + max(self._mlp() + mlp, self._attention() + attention)
         if self.how == "full":
-            plain = _Layer(sizes, self.model, self.recurs, "none", self.tensor)
-            return plain.kept() + max(plain.held_by_carry() + self._mlp(), residual + mlp)
-        return residual + mlp
+            plain = _Layer(sizes, self.model, self.recurs, "none")
+            return plain.kept() + gradient + max(plain.held_by_carry() + self._mlp(), gradient + mlp)
+        return 2 * gradient + mlp
 
     def _projection(self) -> int:
         """The output of the tokens' projection."""
@@ -372,7 +373,7 @@ class _Layer:
         read, hidden, width = 2 * e * sizes.inner, e * sizes.mlp, FLOAT32 * sizes.dim
         if self.model.cell == "single":
             # Tensor ranks gather what they read.
-            gathered = self.tensor * read if self.tensor > 1 else 0
+            gathered = sizes.tensor * read if sizes.tensor > 1 else 0
             return max(read, gathered) + hidden + self._gate(squash=True)
         if self.model.cell == "dual":
             return read + 2 * self._gate() + width + FLOAT32 + e * sizes.dim + hidden

@@ -204,7 +204,7 @@ class Trainer:
                 count=self.config.evaluate_documents,
                 limit_tokens=self.config.evaluate_tokens,
                 segment=self.data.segment,
-                lanes=self.data.lanes // self.processes.data.size,
+                lanes=len(self.lanes[0]),
                 processes=self.processes,
                 # At ZeRO-3 no rank can compute without the others.
                 together=self.parallel.zero_stage == 3,
