@@ -21,9 +21,9 @@ Letters, all of one rank and one micro-batch:
 matrix product keeps its input, a norm its input and one root a row, unit length its input in float32 and a root, a
 scale what it multiplies, ReLU its output, an attention queries, keys, values, output and one logarithm a row. An
 ordinary layer in bfloat16 comes to n (8D + 8) + N (24I + 12H + 2M) bytes. A recurrent layer's token side has a fourth
-part of the projection, a second attention, a second half of the output projection's input and unrotated pieces of
-keys for the state, which reads the same pieces of values; its state loop keeps everything of every block, and what has
-the model's width there whole on every rank.
+part of the projection, a second attention, a second half of the output projection's input and, where positions are
+rotary, unrotated pieces of keys for the state, which reads the same pieces of values; its state loop keeps everything
+of every block, and what has the model's width there whole on every rank.
 
 **Recomputation.** "selective": unit length keeps the projection instead, whose views it was given; attentions their
 arguments, the values as another view of it, and the cache; the MLP its input. "full": a layer keeps its input and the
@@ -218,7 +218,10 @@ class _Sizes:
         return self.norm() + self.activation * self.dim * (self.tokens + self.entries)
 
     def head_temporary(self) -> int:
-        """The loss's input; a chunk's logits; the rows' gradient in float32, or a chunk's share of it in float32 runs."""
+        """The loss's input; a chunk's logits; the rows' gradient in float32.
+
+        In float32 runs that gradient is kept itself, and a chunk's share of it is as large.
+        """
         # Logits and their gradient, which is then rounded.
         rounded = self.activation if self.is_rounded else 0
         logits = 2 * FLOAT32 + rounded
@@ -324,14 +327,16 @@ class _Layer:
         return copies + sizes.tokens * (self.parts - 1) * FLOAT32 * sizes.heads
 
     def _attention(self) -> int:
-        """Of tokens to tokens: queries before and behind the scale, two windows of keys, output; and to the state.
+        """Of tokens to tokens: queries before and behind the scale, keys and values twice, output; and to the state.
 
-        Two windows of values, which are the state's where there is one.
+        Without the pieces of values, and of keys that are not rotated, which a state has already.
         """
         sizes, e = self.sizes, self.sizes.activation
+        rotates = self.model.position == "rotary"
         # Cosines and sines of a segment's positions, for queries and for keys.
-        angles = 2 * sizes.segment * self.model.head_dim * FLOAT32 if self.model.position == "rotary" else 0
-        to_tokens = sizes.tokens * ((5 if self.recurs else 7) * e * sizes.inner + FLOAT32 * sizes.heads)
+        angles = 2 * sizes.segment * self.model.head_dim * FLOAT32 if rotates else 0
+        shared = (2 if rotates else 4) if self.recurs else 0
+        to_tokens = sizes.tokens * ((7 - shared) * e * sizes.inner + FLOAT32 * sizes.heads)
         to_state = sizes.tokens * (3 * e * sizes.inner + FLOAT32 * sizes.heads)
         return angles + to_tokens + (to_state if self.recurs else 0)
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from brt_dist.parallel.config import ParallelConfig
@@ -64,11 +65,9 @@ class ModelParallelUnit:
     """What DeepSpeed's plain engine asks of the layout, under its names."""
 
     def __init__(self, processes: Processes):
-        from torch.distributed import new_group
-
         self._processes = processes
         # DeepSpeed wants a group even where it is of one.
-        self._alone = None if processes.tensor.group and processes.data.group else _group_of_one(processes, new_group)
+        self._alone = dist.new_group([processes.rank], use_local_synchronization=True)
 
     def get_model_parallel_rank(self) -> int:
         """Among tensor ranks."""
@@ -93,12 +92,6 @@ class ModelParallelUnit:
     def get_data_parallel_group(self) -> Any:
         """The data ranks."""
         return self._processes.data.group or self._alone
-
-
-def _group_of_one(processes: Processes, new_group: Any) -> Any:
-    world = torch.distributed.get_world_size()
-    groups = [new_group([rank]) for rank in range(world)]
-    return groups[processes.rank]
 
 
 def initialize(

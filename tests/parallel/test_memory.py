@@ -176,6 +176,14 @@ def test_what_autograd_keeps_is_as_predicted(dtype: str, how: str, number: int) 
     assert predict(model, parallel, number).activations == pytest.approx(kept, rel=KEPT)
 
 
+@pytest.mark.parametrize("how", HOW)
+def test_what_is_kept_without_positions_is_as_predicted(how: str) -> None:
+    model, parallel = replace(MODEL, dtype="bfloat16", position="none"), ParallelConfig(pipeline=3, recompute=how)
+    for number in range(3):
+        kept = measure_kept(model, parallel, number)
+        assert predict(model, parallel, number).activations == pytest.approx(kept, rel=KEPT)
+
+
 @pytest.mark.parametrize(("gate", "cell"), CELLS)
 def test_what_every_gate_and_cell_keeps_is_as_predicted(gate: str, cell: str) -> None:
     for dtype in ("bfloat16", "float32"):
