@@ -262,7 +262,7 @@ def test_a_resolved_configuration_is_plain_and_holds_every_section(tmp_path: Pat
     assert set(resolved) == set(RunConfig.__dataclass_fields__)
 
 
-@pytest.mark.parametrize("scale", [0.5, 0, 1000.0])
+@pytest.mark.parametrize("scale", [0.5, 0.0, 1000.0])
 def test_a_loss_scale_that_would_round_gradients_is_refused(tmp_path: Path, scale: float):
     assert f"train.loss_scale is {scale}; it must be a power of 2" in refusal(tmp_path, "", f"train.loss_scale={scale}")
 
