@@ -115,7 +115,7 @@ class Processes:
         """What each tensor rank holds, in order; only tensor rank 0 gets more than its own."""
         if self.tensor.group is None:
             return [share]
-        share = share.contiguous()
+        share = share.to(self.device).contiguous()
         leads = self.tensor.position == 0
         every = [torch.empty_like(share) for _ in self.tensor.ranks] if leads else None
         dist.gather(share, every, dst=self.tensor.ranks[0], group=self.tensor.group)
