@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from brt_dist.run_config import RunConfig
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+bench = typer.Typer(rich_markup_mode=None, help="Measures layers or optimizer steps on random input; prints JSON.")
+app.add_typer(bench, name="bench")
 
 # Errors that a user causes and can mend, by the module that defines them.
 USER_ERRORS = (
@@ -127,6 +129,55 @@ def verify(
         print(json.dumps(result), flush=True)
         passed = passed and bool(result["passed"])
     raise typer.Exit(0 if passed else 1)
+
+
+@bench.command()
+def layers(
+    config: Config,
+    overrides: Overrides = None,
+    lanes: Annotated[int, typer.Option(metavar="N", min=1, help="Lanes of the segment.")] = 1,
+    repeat: Annotated[int, typer.Option(metavar="R", min=1, help="Rounds, behind a warm-up.")] = 7,
+) -> None:
+    """Times an ordinary and a recurrent layer, and their ratio.
+
+    Forward and backward over one segment, in turn: CPU seconds of the process on the CPU, seconds of the device on a
+    GPU. The ratio by floating-point operations, which stages of a pipeline are balanced by, stands beside it.
+
+    \b
+    Example:
+      OMP_NUM_THREADS=1 brt bench layers configs/quickstart/recurrent.yaml --lanes 4 --repeat 9
+    """
+    run = _load(config, overrides)
+    from brt_dist.train.bench import bench_layers
+
+    print(json.dumps(bench_layers(run.model, run.data.segment, lanes, repeat)), flush=True)
+
+
+@bench.command()
+def step(
+    config: Config,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Optimizer steps, behind a warm-up.")] = 10,
+    local_rank: LocalRank = None,
+) -> None:
+    """Times optimizer steps of the whole configuration.
+
+    Tokens are random, so no shards are needed. Runs alone or in every process that torchrun, deepspeed, mpiexec or
+    srun starts; the leading one prints seconds, tokens per second and the memory of every rank.
+
+    \b
+    Examples:
+      brt bench step configs/quickstart/recurrent.yaml --steps 5
+      torchrun --nproc_per_node 2 -m brt_dist bench step configs/quickstart/recurrent.yaml parallel.pipeline=2
+    """
+    run = _load(config, overrides)
+    run.check_world(read_launch().world_size)
+    from brt_dist.train.bench import bench_step
+
+    sizes = run.data.segment, run.data.lanes
+    result = bench_step(run.model, *sizes, run.parallel, run.optimizer, run.train, steps=steps, resolved=run.as_dict())
+    if result is not None:
+        print(json.dumps(result), flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

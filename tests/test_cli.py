@@ -16,7 +16,9 @@ from brt_dist.cli import main
 from brt_dist.data.errors import BadInput
 from brt_dist.parallel.launcher import NAMES
 
-SUBCOMMANDS = ["prepare", "train", "evaluate", "verify"]
+SUBCOMMANDS = ["prepare", "train", "evaluate", "verify", "bench"]
+# What is run: of `bench` its two kinds.
+COMMANDS = [*SUBCOMMANDS[:-1], "bench layers", "bench step"]
 
 
 @pytest.fixture(autouse=True)
@@ -80,10 +82,10 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], status: in
 # --- help ---
 
 
-@pytest.mark.parametrize("subcommand", SUBCOMMANDS)
+@pytest.mark.parametrize("subcommand", COMMANDS)
 def test_the_help_of_every_subcommand_has_an_example(subcommand: str, capsys: pytest.CaptureFixture[str]):
-    assert main([subcommand, "--help"]) == 0
-    assert f"  brt {subcommand} " in capsys.readouterr().out.split("Example", 1)[1]
+    assert main([*subcommand.split(), "--help"]) == 0
+    assert f" brt {subcommand} " in capsys.readouterr().out.split("Example", 1)[1]
 
 
 def test_help_names_every_subcommand_and_no_launcher_option(capsys: pytest.CaptureFixture[str]):
@@ -155,6 +157,37 @@ def test_verify_prints_one_json_line_a_file_and_fails_if_any_file_does(
     assert [line["file"] for line in lines] == ["a.npz", "b.npz"]
 
 
+def test_bench_layers_prints_what_was_measured_of_the_model_and_the_segment(
+    config: Path, stand_in: Stand, capsys: pytest.CaptureFixture[str]
+):
+    bench = stand_in("brt_dist.train.bench.bench_layers", {"ratio": 1.5})
+    assert main(["bench", "layers", str(config), "model.gate=lstm", "--lanes", "3", "--repeat", "2"]) == 0
+    ((model, segment, lanes, repeat), _), *others = bench.calls
+    assert (model.gate, model.window, segment, lanes, repeat, others) == ("lstm", 8, 16, 3, 2, [])
+    assert json.loads(capsys.readouterr().out) == {"ratio": 1.5}
+
+
+@pytest.mark.parametrize(("before", "after"), LAUNCHER_ARGUMENTS)
+def test_bench_step_prints_one_line_wherever_a_launcher_puts_its_rank(
+    before: list[str], after: list[str], config: Path, stand_in: Stand, capsys: pytest.CaptureFixture[str]
+):
+    bench = stand_in("brt_dist.train.bench.bench_step", {"step_seconds": 0.5})
+    words = [word for each in before for word in (["bench", "step"] if each == "train" else [each])]
+    assert main([*words, str(config), "parallel.zero_stage=2", "--steps", "4", *after]) == 0
+    ((model, segment, lanes, parallel, *_), options) = bench.calls[0]
+    assert (model.window, segment, lanes, parallel.zero_stage, options["steps"]) == (8, 16, 4, 2, 4)
+    assert options["resolved"]["parallel"]["zero_stage"] == 2
+    assert capsys.readouterr().out == '{"step_seconds": 0.5}\n'
+
+
+def test_bench_step_prints_nothing_in_processes_that_do_not_lead(
+    config: Path, stand_in: Stand, capsys: pytest.CaptureFixture[str]
+):
+    stand_in("brt_dist.train.bench.bench_step", None)
+    assert main(["bench", "step", str(config)]) == 0
+    assert capsys.readouterr().out == ""
+
+
 # --- what a user can cause ---
 
 
@@ -168,6 +201,10 @@ def test_verify_prints_one_json_line_a_file_and_fails_if_any_file_does(
         (["evaluate"], "'RUN'"),
         (["evaluate", "r", "--lanes", "many"], "'--lanes'"),
         (["evaluate", "r", "--lanes"], "--lanes"),
+        (["bench"], "Missing command"),
+        (["bench", "stpe", "x"], "'stpe'"),
+        (["bench", "layers", "x", "--repeat", "0"], "'--repeat'"),
+        (["bench", "step", "x", "--steps", "0"], "'--steps'"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
@@ -196,22 +233,28 @@ def test_a_subcommand_names_the_key_that_it_cannot_do_without(
     assert f"{key} is not set" in refused(capsys, [subcommand, str(config), *emptied])
 
 
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [(["train"], "brt_dist.train.trainer.train"), (["bench", "step"], "brt_dist.train.bench.bench_step")],
+)
 @pytest.mark.parametrize(("rank", "size"), [names[:2] for names in NAMES])
 def test_processes_that_cannot_share_the_lanes_are_refused_before_anything_is_loaded(
     rank: str,
     size: str,
+    command: list[str],
+    function: str,
     config: Path,
     stand_in: Stand,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    train = stand_in("brt_dist.train.trainer.train")
+    started = stand_in(function)
     monkeypatch.setenv(rank, "0")
     monkeypatch.setenv(size, "3")
-    line = refused(capsys, ["train", str(config)])
+    line = refused(capsys, [*command, str(config)])
     assert "lanes is 4" in line
     assert "3 data ranks" in line
-    assert train.calls == []
+    assert started.calls == []
 
 
 ERRORS = [

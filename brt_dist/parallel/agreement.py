@@ -24,6 +24,12 @@ def versions() -> dict[str, str]:
     return {"the code (hash of brt_dist's source)": digest.hexdigest(), "the version of torch": torch.__version__}
 
 
+def keys_and_versions(resolved: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What every process of a run must have been told alike, by name: the configuration, and `versions`."""
+    keys = {f"{section}.{key}": value for section, values in resolved.items() for key, value in values.items()}
+    return keys | versions()
+
+
 def check_agreement(told: Mapping[str, Any], rank: int, world_size: int, device: torch.device) -> None:
     """LaunchError in every process, which names the first two that differ, unless `told` is the same in all of them."""
     if world_size == 1:

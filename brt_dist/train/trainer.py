@@ -21,7 +21,7 @@ from brt_dist.data.token_shards import TokenShards
 from brt_dist.model.config import ModelConfig
 from brt_dist.model.flops import forward_flops_per_token
 from brt_dist.model.window_attention import rung_here
-from brt_dist.parallel.agreement import versions
+from brt_dist.parallel.agreement import keys_and_versions
 from brt_dist.parallel.config import ParallelConfig
 from brt_dist.parallel.launcher import read_launch
 from brt_dist.parallel.parallelize import whole_shapes
@@ -54,7 +54,7 @@ def train(
     BadInput or CheckpointError where something doesn't fit; nothing is overwritten then.
     """
     folder = Path(run.dir)
-    with joined(read_launch(), parallel, _told(resolved)) as processes:
+    with joined(read_launch(), parallel, keys_and_versions(resolved)) as processes:
         start = processes.on_leader(lambda: _find_start(folder, resolved))
         if start is not None and checkpoints.read_facts(start)["step"] >= train.steps:
             if processes.leads:
@@ -63,12 +63,6 @@ def train(
         trainer = Trainer(model, data, parallel, optimizer, train, folder, processes, start)
         processes.on_leader(lambda: write_config(folder, resolved, trainer.stream))
         trainer.run()
-
-
-def _told(resolved: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What every process must have been told alike, by name."""
-    keys = {f"{section}.{key}": value for section, values in resolved.items() for key, value in values.items()}
-    return keys | versions()
 
 
 def _find_start(folder: Path, resolved: Mapping[str, Mapping[str, Any]]) -> Path | None:

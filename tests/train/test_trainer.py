@@ -19,10 +19,11 @@ from training_runs import Runs
 from brt_dist.cli import main
 from brt_dist.data.loader import Batch, Loader
 from brt_dist.model.config import ModelConfig
+from brt_dist.model.recurrent_layer import RecurrentLayer
 from brt_dist.parallel.config import ParallelConfig
 from brt_dist.parallel.parallelize import build_stage
 from brt_dist.parallel.process_groups import Processes
-from brt_dist.parallel.stage import Stage
+from brt_dist.parallel.stage_scorer import StageScorer
 from brt_dist.train import trainer
 from brt_dist.train.config import OptimizerConfig, TrainConfig
 from brt_dist.train.engine import StepResult
@@ -41,14 +42,17 @@ class IdleEngine:
         lanes: int,
     ):
         self.stage, self.lanes = build_stage(model, parallel, processes, train.seed), lanes
+        self.processes = processes
         self.optimizer = SimpleNamespace(progress=dict)
 
     def step(self, batches: Sequence[Batch], lr: float, seed: int) -> StepResult:
         return StepResult(1.0, 0.5)
 
     @contextmanager
-    def scoring(self) -> Iterator[Stage]:
-        yield self.stage
+    def scoring(self) -> Iterator[StageScorer]:
+        layers = self.stage.layers_by_number()
+        states = {number: each.initial_state_SD for number, each in layers.items() if isinstance(each, RecurrentLayer)}
+        yield StageScorer(self.stage, self.processes, torch.float32, False, states)
 
     def parameters(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.stage.named_parameters()}
