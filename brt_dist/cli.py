@@ -75,9 +75,7 @@ def train(config: Config, overrides: Overrides = None, local_rank: LocalRank = N
       brt train configs/quickstart/recurrent.yaml run.dir=runs/recurrent train.steps=200
       torchrun --nproc_per_node 2 -m brt_dist train configs/quickstart/recurrent.yaml
     """
-    run = _load(config, overrides)
-    run.require("data.shards", "run.dir")
-    run.check_world(read_launch().world_size)
+    run = _load_on_all(config, overrides, "data.shards", "run.dir")
     from brt_dist.train.trainer import train
 
     train(run.model, run.data, run.parallel, run.optimizer, run.train, run.run, resolved=run.as_dict())
@@ -170,8 +168,7 @@ def step(
       brt bench step configs/quickstart/recurrent.yaml --steps 5
       torchrun --nproc_per_node 2 -m brt_dist bench step configs/quickstart/recurrent.yaml parallel.pipeline=2
     """
-    run = _load(config, overrides)
-    run.check_world(read_launch().world_size)
+    run = _load_on_all(config, overrides)
     from brt_dist.train.bench import bench_step
 
     sizes = run.data.segment, run.data.lanes
@@ -209,6 +206,27 @@ def _load(config: Path, overrides: Iterable[str] | None) -> RunConfig:
     from brt_dist.run_config import load_run_config
 
     return load_run_config(config, list(overrides or ()))
+
+
+def _load_on_all(config: Path, overrides: Iterable[str] | None, *required: str) -> RunConfig:
+    """The configuration, in all processes of a launch; where one of them refuses its own, none waits for it."""
+    from brt_dist.run_config import ConfigError
+
+    launch = read_launch()
+    try:
+        run = _load(config, overrides)
+        run.require(*required)
+        run.check_world(launch.world_size)
+    except ConfigError as error:
+        if launch.world_size > 1:
+            # Where the others never come, torch would print the trace of its connection beside our line.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+            from brt_dist.parallel.process_groups import refuse_together
+
+            if not refuse_together(launch, str(error)):
+                raise typer.Exit(_refuse(str(error), by_every_rank=True)) from error
+        raise
+    return run
 
 
 def _user_line(error: Exception) -> str | None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from brt_dist.cli import main
 from brt_dist.data.errors import BadInput
+from brt_dist.parallel import process_groups
 from brt_dist.parallel.launcher import NAMES
 
 SUBCOMMANDS = ["prepare", "train", "evaluate", "verify", "bench"]
@@ -249,6 +251,8 @@ def test_processes_that_cannot_share_the_lanes_are_refused_before_anything_is_lo
     capsys: pytest.CaptureFixture[str],
 ):
     started = stand_in(function)
+    # The others never come.
+    monkeypatch.setattr(process_groups, "REFUSING", timedelta(seconds=1))
     monkeypatch.setenv(rank, "0")
     monkeypatch.setenv(size, "3")
     line = refused(capsys, [*command, str(config)])
@@ -305,12 +309,24 @@ def test_an_interrupt_is_one_line_and_status_130(config: Path, stand_in: Stand, 
 def test_an_error_that_all_ranks_make_is_told_by_the_first_alone(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
+    monkeypatch.setattr(process_groups, "refuse_together", lambda *_: True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert "num_state" in refused(capsys, ["train", str(config), "model.num_state=8"])
     monkeypatch.setenv("RANK", "1")
     assert main(["train", str(config), "model.num_state=8"]) == 2
     assert capsys.readouterr().err == ""
+
+
+def test_a_rank_that_meets_no_other_tells_its_error_by_itself(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(process_groups, "refuse_together", lambda *_: False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    line = refused(capsys, ["train", str(config), "model.num_state=8"])
+    assert line.startswith("brt: rank 1: ")
+    assert "num_state" in line
 
 
 def test_an_error_that_may_be_one_ranks_own_is_told_with_its_number(

@@ -33,7 +33,7 @@ BELOW = {
 DOORS = {
     "deepspeed": [f"brt_dist/train/{file}.py" for file in ("deepspeed_config", "pipeline", "sharded")],
     "matplotlib": ["brt_dist/inference/plot.py"],
-    "megatron": ["brt_dist/parallel/*"],
+    "megatron": ["brt_dist/parallel/tensor_layers.py"],
     "mpi4py": ["preprocessing/*"],
     "pyarrow": ["brt_dist/data/token_shards.py", "preprocessing/readers/*"],
     "sentencepiece": ["brt_dist/data/tokenizer.py"],

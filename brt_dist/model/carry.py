@@ -52,7 +52,8 @@ class Carry:
     def detach(self) -> Carry:
         """The same values as constants: gradients end at a segment's end.
 
-        Copies, because a cache that is a view of the segment's keys would keep all of them in memory.
+        Copies, because a state that was forgotten is a view of the learned initial one, which training changes, and a
+        compressed memory a view of a whole segment's.
         """
         return self.map(lambda tensor: tensor.detach().clone())
 

@@ -43,19 +43,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if with_gradients else None
         for first in range(0, len(targets_T), chunk):
             rows = slice(first, first + chunk)
-            hidden_RD, targets_R = hidden_TD[rows], targets_T[rows]
-            logits_RV = (hidden_RD @ weight_VD.T).to(wide) / divisor
-            nats_T[rows] = F.cross_entropy(logits_RV, targets_R, ignore_index=IGNORED, reduction="none")
-            if d_hidden_TD is None or d_weight_VD is None:
-                continue
-            predicted_R = targets_R != IGNORED
-            d_logits_RV = logits_RV.softmax(dim=-1)
-            d_logits_RV[torch.arange(len(targets_R), device=targets_R.device), targets_R.clamp(min=0)] -= 1
-            d_logits_RV *= predicted_R[:, None]
-            d_logits_RV /= divisor
-            d_logits_RV = d_logits_RV.to(hidden_TD.dtype)
-            d_hidden_TD[rows] = d_logits_RV @ weight_VD
-            d_weight_VD += d_logits_RV.T @ hidden_RD
+            d_hidden_RD = None if d_hidden_TD is None else d_hidden_TD[rows]
+            nats_T[rows] = _nats_of_chunk(
+                hidden_TD[rows], weight_VD, targets_T[rows], divisor, d_hidden_RD, d_weight_VD
+            )
         if d_weight_VD is not None:
             ctx.save_for_backward(d_hidden_TD, d_weight_VD.to(weight_VD.dtype))
         ctx.mark_non_differentiable(nats_T)
@@ -71,6 +62,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _nats_of_chunk(
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    targets_R: Tensor,
+    divisor: float,
+    d_hidden_RD: Tensor | None,
+    d_weight_VD: Tensor | None,
+) -> Tensor:
+    """nats_R. The chunk's gradients are written to `d_hidden_RD` and added to `d_weight_VD`, unless these are None.
+
+    A function, because the logits of a chunk must be gone before those of the next one are computed.
+    """
+    wide = torch.promote_types(hidden_RD.dtype, torch.float32)
+    logits_RV = (hidden_RD @ weight_VD.T).to(wide) / divisor
+    nats_R = F.cross_entropy(logits_RV, targets_R, ignore_index=IGNORED, reduction="none")
+    if d_hidden_RD is None or d_weight_VD is None:
+        return nats_R
+    predicted_R = targets_R != IGNORED
+    d_logits_RV = logits_RV.softmax(dim=-1)
+    del logits_RV
+    d_logits_RV[torch.arange(len(targets_R), device=targets_R.device), targets_R.clamp(min=0)] -= 1
+    d_logits_RV *= predicted_R[:, None]
+    d_logits_RV /= divisor
+    d_logits_RV = d_logits_RV.to(hidden_RD.dtype)
+    d_hidden_RD.copy_(d_logits_RV @ weight_VD)
+    d_weight_VD += d_logits_RV.T @ hidden_RD
+    return nats_R
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:

@@ -169,7 +169,9 @@ class TransformerLayer(nn.Module):
 
     def carry_on(self, views: TokenViews, state_BSD: Tensor | None = None) -> LayerCarry:
         """What the next segment needs of this one."""
-        return LayerCarry(views.keys_BLHK[:, -self.window :], views.values_BLHK[:, -self.window :], state_BSD)
+        # Copies: views would keep the whole segment's keys, and the projection that values are views of, in memory.
+        keys_BWHK, values_BWHK = (each[:, -self.window :].clone() for each in (views.keys_BLHK, views.values_BLHK))
+        return LayerCarry(keys_BWHK, values_BWHK, state_BSD)
 
     def forget(self, carry: LayerCarry) -> LayerCarry:
         """The carry as it is: there is no state in it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,26 @@ import torch.distributed as dist
 
 from brt_dist.parallel.launcher import LaunchError
 
+# The one thing that a process tells whose own configuration cannot be run.
+REFUSED = "refused"
+
 
 def versions() -> dict[str, str]:
-    """What else must be the same: torch, and this package's source, by a hash that tells working trees apart."""
+    """What else must be the same: the source, by a hash that tells working trees apart, and what it runs on."""
     folder = Path(__file__).resolve().parent.parent
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
         digest.update(path.read_bytes())
-    return {"the code (hash of brt_dist's source)": digest.hexdigest(), "the version of torch": torch.__version__}
+    packages = {f"the version of {name}": _version(name) for name in ("torch", "deepspeed", "megatron-core")}
+    return {"the code (hash of brt_dist's source)": digest.hexdigest(), **packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def keys_and_versions(resolved: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -49,6 +61,13 @@ def check_agreement(told: Mapping[str, Any], rank: int, world_size: int, device:
 
 def disagreement(stories: Sequence[Mapping[str, Any]]) -> str:
     """In one line, how the first rank that was told something else than rank 0 differs from it."""
+    refused = [rank for rank, story in enumerate(stories) if REFUSED in story]
+    if refused:
+        first = refused[0]
+        other = next(rank for rank, story in enumerate(stories) if story != stories[first])
+        return (
+            f"the configuration of rank {first} is not that of rank {other} and is refused: {stories[first][REFUSED]}"
+        )
     other = next(rank for rank, story in enumerate(stories) if story != stories[0])
     phrases = [
         f"{name} is {stories[0].get(name, 'missing')} in rank 0 and {stories[other].get(name, 'missing')} "

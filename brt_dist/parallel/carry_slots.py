@@ -31,7 +31,7 @@ class CarrySlots:
         """Put a carry in its slot, as constants: gradients end at a segment's end."""
         new = carry.tensors()
         for name, held_ZB in self._held.tensors().items():
-            held_ZB.index_copy_(0, slot, new[name].detach()[None])
+            held_ZB.index_copy_(0, slot, new[name][None])
 
     def all_lanes(self) -> Carry:
         """The carry of the lanes of all slots, in order."""

@@ -109,10 +109,10 @@ class ParallelConfig:
                 "model.feedback is true with parallel.sequence: the stack runs block by block, and tokens are shared "
                 "by segments; set parallel.sequence=false or model.feedback=false"
             )
-        if model.feedback and self.recompute == "full" and self.zero_stage == 3:
+        if model.feedback and self.recompute != "none" and self.zero_stage == 3:
             raise ValueError(
-                "parallel.recompute is full with parallel.zero_stage 3 and model.feedback: what is computed again "
-                "could send no gradients back through the blocks; set parallel.recompute=selective or "
+                f"parallel.recompute is {self.recompute} with parallel.zero_stage 3 and model.feedback: weights that "
+                "come and go cannot be computed with again block by block; set parallel.recompute=none or "
                 "parallel.zero_stage=2"
             )
         if self.recompute_layers is not None:

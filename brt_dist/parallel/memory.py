@@ -110,14 +110,13 @@ def memory_of_rank(
         in_flight = min(parallel.micro_batches, parallel.pipeline - stage)
         # DeepSpeed keeps the output of each micro-batch for its backward pass.
         kept += 0 if is_last else passing
-    read = sum(layer.carry() for layer in layers)
     return RankMemory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        carry=read * parallel.lane_groups,
+        carry=sum(layer.carry() for layer in layers) * parallel.lane_groups,
         activations=kept * in_flight,
-        temporary=_temporary(layers, read, sizes, parallel, is_last) + _gathered(parallel, sizes, parameters),
+        temporary=_temporary(layers, sizes, parallel, is_last) + _gathered(parallel, sizes, parameters),
         step=step,
     )
 
@@ -157,20 +156,19 @@ def _gathered(parallel: ParallelConfig, sizes: _Sizes, parameters: int) -> int:
     return sizes.activation * (weights + min(parameters, BUCKET))
 
 
-def _temporary(layers: list[_Layer], read: int, sizes: _Sizes, parallel: ParallelConfig, is_last: bool) -> int:
-    # Until the next carry is in its slot, between the two passes, its caches are views of the whole segment's keys and
-    # projections.
-    forward = read + sum(layer.held_by_carry() for layer in layers)
+def _temporary(layers: list[_Layer], sizes: _Sizes, parallel: ParallelConfig, is_last: bool) -> int:
+    held = sum(layer.held_by_carry() for layer in layers)
+    forward = max(layer.forward() for layer in layers)
     backward = max(layer.backward() for layer in layers)
     loss = sizes.head_temporary() if is_last else 0
     # Megatron-core's buffer of tokens gathered in front of a product.
     shared = sizes.tokens * sizes.activation * sizes.dim if parallel.sequence else 0
     if parallel.pipeline == 1:
         # The loss is part of the forward pass.
-        return shared + max(forward + loss, backward)
+        return shared + max(held + max(forward, loss), backward)
     # Buffers of what is received, of its gradient, and of the gradient that is sent.
     buffers = 3 * sizes.token_shares * sizes.activation * sizes.dim
-    return buffers + shared + max(forward, loss, backward)
+    return buffers + shared + max(held + forward, loss, backward)
 
 
 @dataclass(frozen=True)
@@ -218,19 +216,12 @@ class _Sizes:
         return self.norm() + self.activation * self.dim * (self.tokens + self.entries)
 
     def head_temporary(self) -> int:
-        """The loss's input; a chunk's logits; the rows' gradient in float32.
+        """The loss's input; a chunk's logits before and behind the division; the rows' gradient in float32.
 
         In float32 runs that gradient is kept itself, and a chunk's share of it is as large.
         """
-        # Logits and their gradient, which is then rounded.
-        rounded = self.activation if self.is_rounded else 0
-        logits = 2 * FLOAT32 + rounded
-        if self.tokens > CHUNK:
-            # Logits before and behind the division, while those of the chunk before are still there with their
-            # gradient, which tensor ranks compute in place.
-            logits = 3 * FLOAT32 + (rounded if self.tensor > 1 else self.activation)
-        rows = FLOAT32 * self.entries * self.dim
-        return self.activation * self.tokens * self.dim + logits * min(CHUNK, self.tokens) * self.entries + rows
+        logits, rows = 2 * FLOAT32 * min(CHUNK, self.tokens) * self.entries, FLOAT32 * self.entries * self.dim
+        return self.activation * self.tokens * self.dim + logits + rows
 
 
 def _sizes(model: ModelConfig, parallel: ParallelConfig, segment: int, lanes: int) -> _Sizes:
@@ -279,19 +270,21 @@ class _Layer:
         kept = self._projected() + self._finished() + (self._state_loop() if self.recurs else 0)
         if self.how == "none":
             return kept + self._unit() + self._attention() + self._mlp()
-        # Unit queries and keys, and what asks the state; the projection, of which the values and all that is brought to
-        # unit length are views.
-        arguments = sizes.tokens * (self.parts - 1) * e * sizes.inner + self._projection()
-        return kept + arguments + self.carry()
+        return kept + self._views() + self.carry()
 
     def held_by_carry(self) -> int:
-        """Beyond what is kept: caches are views of the unit keys and of the projection, and a state has its graph."""
-        if self.how == "full":
-            return self._keys_and_projection()
-        held = self.sizes.lanes * self.sizes.states * self._advanced() if self.recurs else 0
+        """Beyond what is kept, until the next carry is in its slot: that, what was read, and the next state's graph."""
+        # What is computed again keeps what was read.
+        held = self.carry() * (2 if self.how == "none" else 1)
+        return held + (0 if self.how == "full" else self._next_state())
+
+    def forward(self) -> int:
+        """Beyond what is kept: hidden vectors of the MLP, before the ReLU; the tokens' views, up to the layer's end."""
         if self.how == "selective":
-            return held
-        return held + self._keys_and_projection() - (0 if self.sizes.is_rounded else self._projection())
+            return 2 * self._mlp()
+        if self.how == "full":
+            return self._views() + max(self._attention(), self._finished() + 2 * self._mlp())
+        return self._views() - (0 if self.sizes.is_rounded else self._projection()) + self._mlp()
 
     def backward(self) -> int:
         """What is computed again, and the gradients that meet while the layer goes back."""
@@ -306,15 +299,17 @@ class _Layer:
             return 2 * gradient + max(self._mlp() + mlp, self._attention() + attention)
         if self.how == "full":
             plain = _Layer(sizes, self.model, self.recurs, "none")
-            return plain.kept() + gradient + max(plain.held_by_carry() + self._mlp(), gradient + mlp)
+            return plain.kept() + gradient + max(self._next_state() + plain.forward(), gradient + mlp)
         return 2 * gradient + mlp
 
     def _projection(self) -> int:
         """The output of the tokens' projection."""
         return self.sizes.tokens * self.parts * self.sizes.activation * self.sizes.inner
 
-    def _keys_and_projection(self) -> int:
-        return self.sizes.tokens * self.sizes.activation * self.sizes.inner + self._projection()
+    def _views(self) -> int:
+        """Unit queries and keys, and what asks the state; the projection, which these are made of and values views."""
+        unit = self.sizes.tokens * (self.parts - 1) * self.sizes.activation * self.sizes.inner
+        return unit + self._projection()
 
     def _projected(self) -> int:
         """Of the norm and of the projection."""
@@ -362,6 +357,10 @@ class _Layer:
         view += copied + FLOAT32 * sizes.heads + 2 * e * sizes.inner
         advanced = sizes.state_vectors - sizes.lanes * sizes.states
         return pieces + sizes.state_vectors * view + advanced * self._advanced()
+
+    def _next_state(self) -> int:
+        """The graph of the state behind the last block."""
+        return self.sizes.lanes * self.sizes.states * self._advanced() if self.recurs else 0
 
     def _advanced(self) -> int:
         """Of one state vector in front of a block: two attentions and the update."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -13,8 +13,9 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
-from brt_dist.parallel.agreement import check_agreement
+from brt_dist.parallel.agreement import REFUSED, check_agreement
 from brt_dist.parallel.config import ParallelConfig
 from brt_dist.parallel.launcher import SECONDS_FOR_THE_LEADER_TO_SPEAK, Launch, LaunchError
 
@@ -22,6 +23,10 @@ T = TypeVar("T")
 
 # How long processes wait for one another: for the leading one while it hashes a large corpus, say.
 PATIENCE = timedelta(hours=2)
+# How long until all have met: machines of one job begin minutes apart at most.
+MEETING = timedelta(minutes=10)
+# The same for one that comes only to say that it was told something wrong.
+REFUSING = timedelta(seconds=30)
 
 # Where processes on several machines meet if MASTER_PORT is not set; torchrun's choice too.
 DEFAULT_PORT = 29500
@@ -171,9 +176,27 @@ def joined(launch: Launch, parallel: ParallelConfig, told: Mapping[str, Any] | N
         yield lay_out(launch, parallel, device, told)
 
 
+def refuse_together(launch: Launch, why: str) -> bool:
+    """Tell the others that this process's configuration is refused, `why` in one line.
+
+    True if all were refused for the same reason. LaunchError where others were told something else; they leave, too.
+    False if they could not be met.
+    """
+    with ExitStack() as stack:
+        try:
+            device = stack.enter_context(connected(launch, REFUSING))
+        except LaunchError:
+            return False
+        check_agreement({REFUSED: why}, launch.rank, launch.world_size, device)
+    return True
+
+
 @contextmanager
-def connected(launch: Launch) -> Iterator[torch.device]:
-    """Connect the processes, whatever they will do; the device that this one computes on."""
+def connected(launch: Launch, meeting: timedelta = MEETING) -> Iterator[torch.device]:
+    """Connect the processes, whatever they will do; the device that this one computes on.
+
+    LaunchError where they have not all met within `meeting`.
+    """
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", launch.local_rank % torch.cuda.device_count()), "nccl"
         torch.cuda.set_device(device)
@@ -185,13 +208,7 @@ def connected(launch: Launch) -> Iterator[torch.device]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
     else:
         address, port = _meeting_point(launch)
-        dist.init_process_group(
-            backend,
-            init_method=f"tcp://{address}:{port}",
-            rank=launch.rank,
-            world_size=launch.world_size,
-            timeout=PATIENCE,
-        )
+        _meet(backend, f"tcp://{address}:{port}", launch, meeting)
     try:
         yield device
     finally:
@@ -231,6 +248,21 @@ def _axis(rank: int, rows: list[list[int]]) -> Axis:
     groups = [dist.new_group(row) if len(row) > 1 else None for row in rows]
     row, group = next((row, group) for row, group in zip(rows, groups, strict=True) if rank in row)
     return Axis(row.index(rank), tuple(row), group)
+
+
+def _meet(backend: str, place: str, launch: Launch, meeting: timedelta) -> None:
+    try:
+        store, rank, size = next(rendezvous(place, launch.rank, launch.world_size, timeout=meeting))
+        # All are here when all have said so; then they may wait longer for each other.
+        store.set(f"rank {rank} is here", "")
+        store.wait([f"rank {each} is here" for each in range(size)], meeting)
+    except dist.DistError as error:
+        raise LaunchError(
+            f"rank {launch.rank}: {launch.world_size} processes should meet at {place}, but not all of them came "
+            f"within {meeting.total_seconds():.0f} s"
+        ) from error
+    store.set_timeout(PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
 
 
 def _meeting_point(launch: Launch) -> tuple[str, int]:

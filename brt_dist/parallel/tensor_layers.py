@@ -212,19 +212,12 @@ class _VocabularyShareLoss(torch.autograd.Function):
         nats_T = torch.empty(targets_T.shape, dtype=torch.float32, device=hidden_TD.device)
         d_hidden_TD = torch.empty_like(hidden_TD) if with_gradients else None
         d_rows_vD = torch.zeros_like(rows_vD, dtype=torch.float32) if with_gradients else None
-        first_entry = dist.get_rank(group) * len(rows_vD)
         for first in range(0, len(targets_T), CHUNK):
             chunk = slice(first, first + CHUNK)
-            hidden_RD, predicted_R = hidden_TD[chunk], (targets_T[chunk] != IGNORED).float()
-            logits_Rv = (hidden_RD @ rows_vD.T).float() / divisor
-            nats_R, operands = _shared_cross_entropy(logits_Rv, targets_T[chunk].clamp(min=0), first_entry, group)
-            nats_T[chunk] = nats_R * predicted_R
-            if d_hidden_TD is None or d_rows_vD is None:
-                continue
-            d_logits_Rv = VocabParallelCrossEntropy.calculate_gradients(*operands, predicted_R / divisor)
-            d_logits_Rv = d_logits_Rv.to(hidden_TD.dtype)
-            d_hidden_TD[chunk] = d_logits_Rv @ rows_vD
-            d_rows_vD += d_logits_Rv.T @ hidden_RD
+            d_hidden_RD = None if d_hidden_TD is None else d_hidden_TD[chunk]
+            nats_T[chunk] = _nats_of_chunk(
+                hidden_TD[chunk], rows_vD, targets_T[chunk], divisor, group, d_hidden_RD, d_rows_vD
+            )
         if d_rows_vD is not None:
             ctx.save_for_backward(d_hidden_TD, d_rows_vD.to(rows_vD.dtype))
         ctx.mark_non_differentiable(nats_T)
@@ -234,6 +227,30 @@ class _VocabularyShareLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden_TD, d_rows_vD = ctx.saved_tensors
         return scaled(d_hidden_TD, gradients[0]), scaled(d_rows_vD, gradients[0]), None, None, None
+
+
+def _nats_of_chunk(
+    hidden_RD: Tensor,
+    rows_vD: Tensor,
+    targets_R: Tensor,
+    divisor: float,
+    group: Any,
+    d_hidden_RD: Tensor | None,
+    d_rows_vD: Tensor | None,
+) -> Tensor:
+    """As the plain one in `loss.py`, of this rank's rows."""
+    predicted_R = (targets_R != IGNORED).float()
+    logits_Rv = (hidden_RD @ rows_vD.T).float() / divisor
+    first_entry = dist.get_rank(group) * len(rows_vD)
+    nats_R, operands = _shared_cross_entropy(logits_Rv, targets_R.clamp(min=0), first_entry, group)
+    nats_R = nats_R * predicted_R
+    if d_hidden_RD is None or d_rows_vD is None:
+        return nats_R
+    d_logits_Rv = VocabParallelCrossEntropy.calculate_gradients(*operands, predicted_R / divisor)
+    d_logits_Rv = d_logits_Rv.to(hidden_RD.dtype)
+    d_hidden_RD.copy_(d_logits_Rv @ rows_vD)
+    d_rows_vD += d_logits_Rv.T @ hidden_RD
+    return nats_R
 
 
 def _shared_cross_entropy(

@@ -26,7 +26,7 @@ from brt_dist.parallel.stage_scorer import StageScorer
 from brt_dist.parallel.tensor_parallel import cut_of, cuts, merge, share
 from brt_dist.train.config import OptimizerConfig, TrainConfig
 from brt_dist.train.deepspeed_config import ModelParallelUnit, deepspeed_config, initialize
-from brt_dist.train.loss_scale import LossScale
+from brt_dist.train.loss_scale import LossScale, OutOfScale
 from brt_dist.train.micro_batches import MicroBatch, micro_batch, predicted_tokens
 from brt_dist.train.optimizer import MOMENTS, build_adamw
 from brt_dist.train.pipeline import PipelineTrainer, build_pipeline
@@ -88,7 +88,7 @@ class Engine:
             if parallel.pipeline > 1:
                 pipeline = build_pipeline(self.stage, self.slots, processes)
                 engine = initialize(pipeline, adamw, settings, processes)
-                self._trainer = PipelineTrainer(engine, self.stage, self.slots)
+                self._trainer = PipelineTrainer(engine)
             else:
                 engine = initialize(_Loss(self.stage), adamw, settings, processes, ModelParallelUnit(processes))
                 self._trainer = _PlainTrainer(engine, self.slots)
@@ -118,9 +118,18 @@ class Engine:
         inputs = [
             micro_batch(batch, slot, scale, self.processes.device) for batch, slot in zip(batches, slots, strict=True)
         ]
-        nats = self.processes.sum(self._trainer.train(inputs))[0]
+        nats = self.processes.sum(self._train(inputs))[0]
         told_scale = loss_scale if self._dtype == torch.float16 else None
         return StepResult(nats / max(1, predicted), self.optimizer.grad_norm, self.optimizer.skipped, told_scale)
+
+    def _train(self, inputs: Sequence[MicroBatch]) -> float:
+        try:
+            return self._trainer.train(inputs)
+        except Exception as error:
+            # DeepSpeed knows no other way to say so.
+            if "loss scale already at minimum" in str(error):
+                raise OutOfScale from error
+            raise
 
     @contextmanager
     def scoring(self) -> Iterator[StageScorer]:
@@ -172,7 +181,7 @@ class Engine:
             cut = cut_of(name, self._table)
             shares = [tensor] if cut is None else self.processes.gather_shares(tensor.detach())
             if keeps and not self._is_told_elsewhere(name):
-                merged[name] = merge(shares, cut).detach().float().cpu() if not by_data else merge(shares, cut).cpu()
+                merged[name] = merge(shares, cut).detach().cpu()
         return merged
 
     def _is_told_elsewhere(self, name: str) -> bool:
@@ -226,7 +235,7 @@ class _PlainTrainer:
         self._engine.train()
         for each in inputs:
             loss, nats, carry = self._engine(each, self._slots.read(each.slot))
-            # In front of the backward pass: the carry is views of the last block of whole activations.
+            # In front of the backward pass, which then holds neither a second carry nor the graph of its states.
             self._slots.write(each.slot, carry)
             del carry
             self._engine.backward(loss)

@@ -61,7 +61,7 @@ class StageLoss:
 class PipelineTrainer:
     """Trains the stages of each data rank together."""
 
-    def __init__(self, engine: Any, stage: Stage, slots: CarrySlots):
+    def __init__(self, engine: Any):
         self._engine = engine
 
     def train(self, inputs: Sequence[MicroBatch]) -> float:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from brt_dist.train.loss_scale import STEPS_TO_GROW
 from brt_dist.train.optimizer import MOMENTS, make_state, make_state_of
 
 
@@ -49,7 +50,8 @@ class ShardedOptimizer:
         if not self._engine.fp16_enabled():
             return {}
         scaler = self._engine.optimizer.loss_scaler
-        return {"loss_scale": scaler.cur_scale, "good_steps": scaler.cur_iter - scaler.last_overflow_iter - 1}
+        good_steps = scaler.cur_iter - scaler.last_overflow_iter - 1
+        return {"loss_scale": scaler.cur_scale, "good_steps": good_steps % STEPS_TO_GROW}
 
     @property
     def _partitioned(self) -> bool:

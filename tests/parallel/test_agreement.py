@@ -47,6 +47,26 @@ def test_another_source_is_another_version(tmp_path: Path, monkeypatch: pytest.M
 def test_two_ranks_with_different_configurations_are_refused_at_the_start(
     tmp_path: Path, shards: Path, override: str, told: str
 ):
+    assert refusals(tmp_path, shards, override) == [f"the processes of this run were started differently: {told}"]
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optimizer.lrr=0.1", "optimizer has no key 'lrr'; did you mean 'lr'?"),
+        ("parallel.tensor=3", "model.num_heads is 2, which parallel.tensor 3 does not divide"),
+    ],
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_own_configuration_is_refused_lets_no_other_wait(
+    tmp_path: Path, shards: Path, override: str, told: str, rank: int
+):
+    whose = f"the configuration of rank {rank} is not that of rank {1 - rank} and is refused: "
+    assert refusals(tmp_path, shards, override, rank) == [whose + told]
+
+
+def refusals(tmp_path: Path, shards: Path, override: str, where: int = 1) -> list[str]:
+    """What two processes without a launcher say, of which rank `where` alone is told `override`; both end with 2."""
     runs = Runs(tmp_path / "runs", shards)
     port = free_port()
     processes = []
@@ -58,10 +78,10 @@ def test_two_ranks_with_different_configurations_are_refused_at_the_start(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        arguments = runs.command("run", *([override] if rank else []))
+        arguments = runs.command("run", *([override] if rank == where else []))
         processes.append(start("python", 1, [*BRT, *arguments], environment))
     done = [finish(process, timeout=90) for process in processes]
     assert [each.returncode for each in done] == [2, 2]
     lines = [line for each in done for line in each.stderr.splitlines() if line.startswith("brt: ")]
-    assert lines == [f"brt: the processes of this run were started differently: {told}"]
     assert not (runs.folder / "run").exists()
+    return [line.removeprefix("brt: ") for line in lines]

@@ -223,10 +223,29 @@ def test_the_most_that_is_alive_is_as_predicted_and_not_more(parallel: ParallelC
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_most_that_is_alive_of_a_loss_in_chunks_is_as_predicted(tensor: int, dtype: str) -> None:
-    # So few layers, of so many entries, that the loss is most of it; of each chunk some outlives the next one's start.
+    # So few layers, of so many entries, that the loss is most of it; nothing of a chunk outlives it.
     model = replace(MODEL, dtype=dtype, num_layers=1, recurrent_layers=(), vocab_size=2048)
     parallel, segment = ParallelConfig(tensor=tensor), 2 * CHUNK // LANES
     assert_peak(measure_most(model, parallel, segment), predict(model, parallel, segment=segment))
+
+
+@pytest.mark.parametrize("parallel", LAYOUTS, ids=lambda p: f"tensor {p.tensor}, recompute {p.recompute}")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_most_that_is_alive_of_much_carry_is_as_predicted(parallel: ParallelConfig, dtype: str) -> None:
+    # Windows of half a segment, in many layers, and a small loss: what a forward pass reads and hands on counts.
+    for recurrent in ((), (5,)):
+        sizes = {"num_layers": 6, "window": 32, "vocab_size": 64, "mlp_dim": 200}
+        model = replace(MODEL, dtype=dtype, recurrent_layers=recurrent, **sizes)
+        assert_peak(measure_most(model, parallel, segment=64), predict(model, parallel, segment=64))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_carry_keeps_nothing_alive_but_its_own_bytes(dtype: str) -> None:
+    parallel = ParallelConfig()
+    with built(replace(MODEL, dtype=dtype), parallel, 0) as stage:
+        _, _, carry = forward(stage, parallel)
+    for name, tensor in carry.tensors().items():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
 
 
 def assert_peak(most: int, memory: RankMemory) -> None:

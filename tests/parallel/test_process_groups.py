@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from itertools import chain
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import free_port
 
 from brt_dist.model.config import ModelConfig
 from brt_dist.parallel import process_groups
 from brt_dist.parallel.config import ParallelConfig
-from brt_dist.parallel.launcher import Launch
-from brt_dist.parallel.process_groups import Axis, Processes, grid, joined
+from brt_dist.parallel.launcher import Launch, LaunchError
+from brt_dist.parallel.process_groups import Axis, Processes, connected, grid, joined
 
 
 def of_rank(rank: int, ranks: int) -> Processes:
@@ -75,12 +77,24 @@ class MeetingError(Exception):
     ],
 )
 def test_processes_meet_where_they_were_told(launch: Launch, where: str, monkeypatch: pytest.MonkeyPatch):
-    def meet(backend: str, init_method: str, **_: object) -> None:
-        raise MeetingError(init_method)
+    def meet(place: str, *_: object, **__: object) -> None:
+        raise MeetingError(place)
 
-    monkeypatch.setattr(torch.distributed, "init_process_group", meet)
+    monkeypatch.setattr(process_groups, "rendezvous", meet)
     with pytest.raises(MeetingError, match=where), joined(launch, ParallelConfig()):
         pass
+
+
+def test_a_process_whose_others_never_come_says_so_in_time():
+    launch = Launch(0, 2, 0, 2, "127.0.0.1", int(free_port()))
+    with (
+        pytest.raises(
+            LaunchError, match=r"rank 0: 2 processes should meet at tcp://127.0.0.1:\d+, but not all of them"
+        ),
+        connected(launch, timedelta(seconds=2)),
+    ):
+        pass
+    assert not torch.distributed.is_initialized()
 
 
 def test_processes_of_one_mpiexec_choose_the_same_port_without_being_told(monkeypatch: pytest.MonkeyPatch):
@@ -129,7 +143,8 @@ def test_keys_that_exclude_each_other_are_named_with_what_is_nearest(settings: d
         ({"tensor": 2, "sequence": True}, {"feedback": True}, "set parallel.sequence=false or model.feedback=false"),
         ({"recompute": "full", "recompute_layers": (12,)}, {}, "parallel.recompute_layers holds 12, but there are 12"),
         ({"recompute": "full", "recompute_layers": (1,)}, {"feedback": True}, "set parallel.recompute=selective"),
-        ({"recompute": "full", "zero_stage": 3}, {"feedback": True}, "set parallel.recompute=selective or"),
+        ({"recompute": "full", "zero_stage": 3}, {"feedback": True}, "set parallel.recompute=none or"),
+        ({"recompute": "selective", "zero_stage": 3}, {"feedback": True}, "set parallel.recompute=none or"),
     ],
 )
 def test_a_model_that_cannot_be_divided_like_this_is_refused_with_both_numbers(

@@ -193,4 +193,8 @@ def test_a_step_that_float16_skips_still_advances_carry_and_position(layout: str
 def test_a_float16_run_goes_on_with_its_loss_scale_and_its_count_of_steps(one: Runs, two: Runs):
     ours, theirs = two.metrics("overflow resumed"), one.metrics("overflow")
     assert [line["loss_scale"] for line in ours] == [line["loss_scale"] for line in theirs]
+    told = [read_facts(runs.checkpoint(name)) for runs, name in ((two, "overflow resumed"), (one, "overflow"))]
+    for fact in ("optimizer", "skipped_steps"):
+        assert told[0][fact] == told[1][fact]
+    assert told[0]["optimizer"]["good_steps"] > 0
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], abs=0.005)

@@ -9,17 +9,30 @@ import torch
 from torch import nn
 
 from brt_dist.train.config import OptimizerConfig
-from brt_dist.train.loss_scale import STEPS_TO_GROW, LossScale
+from brt_dist.train.loss_scale import STEPS_TO_GROW, LossScale, OutOfScale
 from brt_dist.train.unsharded import UnshardedOptimizer
 
 
-def test_a_scale_is_halved_at_once_but_never_below_1():
+def test_a_scale_is_halved_at_once_and_below_1_the_run_is_lost():
     scale = LossScale(4.0)
     seen = []
-    for _ in range(4):
+    for _ in range(2):
         scale.update(overflow=True)
         seen.append(scale.scale)
-    assert seen == [2.0, 1.0, 1.0, 1.0]
+    assert seen == [2.0, 1.0]
+    with pytest.raises(OutOfScale, match=r"the run diverged: .* leave float16"):
+        scale.update(overflow=True)
+
+
+def test_a_scale_that_is_taken_up_again_grows_when_it_would_have():
+    model = with_gradient(1.0)
+    optimizer = UnshardedOptimizer(model, OptimizerConfig(lr=0.1), clip_norm=1.0, loss_scale=LossScale(2.0))
+    held = {**dict(optimizer.parameters()), **dict(optimizer.moments())}
+    progress = {"loss_scale": 64.0, "good_steps": STEPS_TO_GROW - 1}
+    optimizer.restore({name: tensor.detach().clone() for name, tensor in held.items()}.__getitem__, 3, progress)
+    assert optimizer.progress() == progress
+    optimizer.step()
+    assert optimizer.progress() == {"loss_scale": 128.0, "good_steps": 0}
 
 
 def test_a_scale_doubles_after_a_thousand_good_steps_and_counts_anew():
