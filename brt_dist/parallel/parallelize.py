@@ -6,7 +6,7 @@ Until it has memory a model is only shapes, so that no process ever holds more t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from brt_dist.parallel.config import ParallelConfig
 from brt_dist.parallel.process_groups import Processes
 from brt_dist.parallel.stage import Stage
 from brt_dist.parallel.stages import divide_layers
-from brt_dist.parallel.tensor_parallel import Cut, cut_of, cuts, share, share_shape
+from brt_dist.parallel.tensor_parallel import cut_of, cuts, share, share_shape
 
 
 def build_stage(config: ModelConfig, parallel: ParallelConfig, processes: Processes, seed: int) -> Stage:
@@ -78,29 +78,15 @@ def cut_by_heads(stage: Stage, processes: Processes, sequence: bool) -> None:
         elif isinstance(module, Head):
             _replace(stage, name, shared.VocabularyShareHead(module, sharing))
         elif isinstance(module, nn.Linear | StackedLinear):
-            _replace(stage, name, _shared_linear(name, module, sharing, table, stage.config.cell))
+            cut = cut_of(f"{name}.weight", table)
+            assert cut is not None, f"the table of tensor parallelism has no line for {name}.weight"
+            reads_heads = stage.config.cell == "single" and name.endswith("update.mlp_input")
+            _replace(stage, name, shared.shared_linear(module, cut, sharing, reads_heads))
     for name, parameter in list(stage.named_parameters()):
         cut = cut_of(name, table)
         if cut is not None and name.endswith(("scale_H", "bias.table")):
             _replace(stage, name, nn.Parameter(torch.empty(share_shape(parameter.shape, cut, ranks))))
     stage.cached_heads //= ranks
-
-
-def _shared_linear(
-    name: str, module: nn.Linear | StackedLinear, sharing: object, table: Mapping[str, Cut], cell: str
-) -> nn.Module:
-    from brt_dist.parallel import tensor_layers as shared
-
-    assert isinstance(sharing, shared.Sharing)
-    outputs, inputs = module.weight.shape
-    parts = module.parts if isinstance(module, StackedLinear) else None
-    cut = cut_of(f"{name}.weight", table)
-    assert cut is not None, f"the table of tensor parallelism has no line for {name}.weight"
-    if cell == "single" and name.endswith("update.mlp_input"):
-        return shared.GatheredColumnShare(inputs, outputs, sharing)
-    if cut.dim == 0:
-        return shared.ColumnShare(inputs, outputs, sharing, parts)
-    return shared.RowShare(inputs, outputs, sharing, parts)
 
 
 def _replace(root: nn.Module, name: str, new: nn.Module | nn.Parameter) -> None:

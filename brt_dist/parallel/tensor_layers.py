@@ -31,7 +31,9 @@ from torch import Tensor, nn
 
 from brt_dist.model.head import Head
 from brt_dist.model.loss import CHUNK, IGNORED, scaled
+from brt_dist.model.stacked_linear import StackedLinear
 from brt_dist.model.transformer_layer import EPSILON
+from brt_dist.parallel.tensor_parallel import Cut
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,17 @@ class RowShare(RowParallelLinear):
         """[B, l, outputs] or [B, L, outputs], of [B, L, inputs / ranks]; or a tuple of its parts."""
         out = by_tokens(super().forward, x) if self.sequence_parallel else super().forward(x)[0]
         return out if self.parts is None else out.chunk(self.parts, dim=-1)
+
+
+def shared_linear(
+    plain: nn.Linear | StackedLinear, cut: Cut, sharing: Sharing, reads_cut_heads: bool
+) -> ColumnShare | RowShare:
+    """What takes the place of a plain product; reads_cut_heads: its input comes cut, but its columns are all there."""
+    outputs, inputs = plain.weight.shape
+    parts = plain.parts if isinstance(plain, StackedLinear) else None
+    if reads_cut_heads:
+        return GatheredColumnShare(inputs, outputs, sharing)
+    return (ColumnShare if cut.dim == 0 else RowShare)(inputs, outputs, sharing, parts)
 
 
 def by_tokens(forward: Any, x_BLD: Tensor) -> Tensor:

@@ -28,6 +28,20 @@ TOKENS = LANES * SEGMENT
 ACTIVATIONS = TOKENS * MODEL["dim"] * FLOAT
 STATES = LANES * MODEL["num_states"] * MODEL["dim"] * FLOAT
 BLOCKS = SEGMENT // MODEL["window"]
+# What a state has read, whole.
+READ = LANES * MODEL["num_states"] * 2 * MODEL["num_heads"] * MODEL["head_dim"] * FLOAT
+CELLS = {
+    "lstm skip": ("model.gate=lstm", "model.cell=skip"),
+    "fixed dual": ("model.gate=fixed", "model.cell=dual"),
+    "lstm single": ("model.gate=lstm", "model.cell=single"),
+}
+# Sizes of all reductions of the state chain in a segment, forward and backward. The update behind the last block gets
+# no gradient; the state's projection always does, since tokens read it.
+REDUCED = {
+    "lstm skip": [3 * STATES] * BLOCKS + [STATES] * BLOCKS,
+    "fixed dual": [STATES] * (2 * BLOCKS) + [STATES] * (2 * BLOCKS - 1),
+    "lstm single": [3 * STATES] * BLOCKS + [STATES] * BLOCKS,
+}
 # The sum of the step's loss over all processes.
 OWN = (1, 8)
 
@@ -41,6 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Runs:
         "sequence": (ZERO_0, "parallel.tensor=2", "parallel.sequence=true", "train.steps=3", REPORT),
         "zero_0": (ZERO_0, *SHORT, REPORT),
         "one_step": (ZERO_0, "train.steps=1", REPORT),
+        **{name: (ZERO_0, "parallel.tensor=2", *SHORT, REPORT, *cell) for name, cell in CELLS.items()},
     }
     return finished(Runs(tmp_path_factory.mktemp("reports"), shards), "torchrun", 4, wanted)
 
@@ -110,6 +125,21 @@ def test_tensor_ranks_add_up_as_often_as_the_layers_ask(runs: Runs, stage: int):
         MICRO_BATCHES * (activations + states + len(losses)),
         MICRO_BATCHES * (activations * ACTIVATIONS + states * STATES + sum(losses)),
     )
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_the_state_chain_of_every_cell_is_added_up_as_often_as_it_must_be(runs: Runs, name: str):
+    activations = 4 * MODEL["num_layers"] + 2
+    losses, norm = [TOKENS * FLOAT, 2 * TOKENS * FLOAT], [FLOAT]
+    expected = [ACTIVATIONS] * activations + losses + norm + REDUCED[name]
+    for rank in reported(runs, name):
+        assert not_deepspeeds(rank, "all_reduce") == (len(expected), sum(expected))
+        others = {kind for step in rank["steps"] for kind in step["traffic"]} - {"all_reduce"}
+        if name != "lstm single":
+            assert others == set()
+            continue
+        assert calls_and_bytes(rank, "all_gather") == (BLOCKS, BLOCKS * READ // 2)
+        assert calls_and_bytes(rank, "reduce_scatter") == (BLOCKS - 1, (BLOCKS - 1) * READ)
 
 
 def test_with_shared_tokens_they_gather_and_scatter_instead(runs: Runs):
