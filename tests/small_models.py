@@ -5,6 +5,7 @@ Their number of states is not their window, and heads x head width is not their 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,6 +99,12 @@ def some_carry(config: ModelConfig, lanes: int, seed: int = 2) -> Carry:
     generator = torch.Generator().manual_seed(seed)
     empty = Carry.fresh(config, lanes, torch.device("cpu"), torch.float64)
     return empty.map(lambda tensor: torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype))
+
+
+def all_lanes(carries: Sequence[Carry]) -> Carry:
+    """One carry of all lanes of `carries`, in order."""
+    named = [carry.tensors() for carry in carries]
+    return Carry.from_tensors({name: torch.cat([each[name] for each in named]) for name in named[0]})
 
 
 def starts_at(lanes: int, blocks: int, *places: tuple[int, int]) -> Tensor:

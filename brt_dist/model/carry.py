@@ -82,12 +82,6 @@ class Carry:
         )
 
     @classmethod
-    def concatenate(cls, carries: Sequence[Carry]) -> Carry:
-        """One carry of all lanes of `carries`, in order."""
-        named = [carry.tensors() for carry in carries]
-        return cls.from_tensors({name: torch.cat([each[name] for each in named]) for name in named[0]})
-
-    @classmethod
     def fresh(
         cls,
         config: ModelConfig,

@@ -16,6 +16,7 @@ from small_models import (
     CELLS,
     MODELS,
     WINDOW,
+    all_lanes,
     small_config,
     small_model,
     some_carry,
@@ -106,7 +107,7 @@ def test_documents_packed_into_lanes_get_what_each_has_alone(variant: dict[str, 
             alone, left = model(tokens_BL[lane : lane + 1, document])
             torch.testing.assert_close(packed[lane, document], alone[0], rtol=0, atol=1e-12)
         last.append(left)
-    assert_same_carry(carry, Carry.concatenate(last))
+    assert_same_carry(carry, all_lanes(last))
 
 
 @EVERY_MODEL
@@ -268,7 +269,7 @@ def test_a_carry_becomes_named_tensors_and_lanes_and_comes_back() -> None:
     }
     assert_same_carry(Carry.from_tensors(carry.tensors()), carry, tolerance=0)
     first, others = carry.map(lambda tensor: tensor[:1]), carry.map(lambda tensor: tensor[1:])
-    assert_same_carry(Carry.concatenate([first, others]), carry, tolerance=0)
+    assert_same_carry(all_lanes([first, others]), carry, tolerance=0)
 
 
 @pytest.mark.parametrize("name", ["layers.2.values", "layers.2.keys", "layers.0.keys"])

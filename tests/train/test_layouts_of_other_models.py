@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,57 +64,77 @@ CASES = {
     ),
 }
 ALL = [(model, layout) for model, case in CASES.items() for layout in case.layouts]
-PRECISIONS = {
-    "zero 0": ("parallel.zero_stage=0",),
-    "zero 1": (),
-    "zero 2": ("parallel.zero_stage=2",),
-    "zero 3": (ZERO_3,),
-    "tensor": (TENSOR, SEQUENCE),
-    "pipeline": (PIPELINE,),
-}
+HALVES = ("bfloat16", "float16")
+ZERO_STAGES = {f"zero {stage}": (f"parallel.zero_stage={stage}",) for stage in range(4)}
+# Tensor ranks are slow in half precision, the more so the smaller their micro-batches.
+PRECISIONS = {**ZERO_STAGES, "tensor": (TENSOR, SEQUENCE, TWO), "pipeline": (PIPELINE,)}
+FLOAT16 = "model.dtype=float16"
+HAS_FLOAT16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+needs_float16 = pytest.mark.skipif(not HAS_FLOAT16, reason="this processor cannot compute in float16")
 # So much that gradients leave float16 in the first steps.
-OVERFLOWING = "train.loss_scale=16777216"
-needs_float16 = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="this processor cannot compute in float16"
-)
-HALVES = ["bfloat16", pytest.param("float16", marks=needs_float16)]
+OVERFLOWING = (FLOAT16, FOUR, "train.loss_scale=16777216")
+
+# All runs of two processes by name, and those of the short form.
+RUNS = {f"{model} {layout}": (*CASES[model].model, *CASES[model].layouts[layout]) for model, layout in ALL}
+RUNS |= {
+    f"{dtype} {name}": (f"model.dtype={dtype}", FOUR, *PRECISIONS[name]) for dtype in HALVES for name in PRECISIONS
+}
+RUNS |= {f"overflow {name}": (*OVERFLOWING, *layout) for name, layout in PRECISIONS.items()}
+RUNS |= {"overflow resumed": OVERFLOWING, "large resumed": (*LARGE, ZERO_3)}
+SHORT = {
+    *("feedback tensor recomputed", "dropout tensor by tokens", "rotary tensor by tokens", "Transformer-XL pipeline"),
+    *("untied pipeline", "large zero 3 selective offloaded", "large resumed"),
+    *(f"{dtype} {layout}" for dtype in HALVES for layout in ("zero 0", "zero 1", "tensor", "pipeline")),
+    *("overflow zero 1", "overflow tensor", "overflow pipeline", "overflow resumed"),
+}
+
+
+def marked(runs: Iterable[Sequence[str]]) -> list[Any]:
+    """Parameters whose words together name a run; those that the short form lacks are long."""
+
+    def marks(name: str) -> list[pytest.MarkDecorator]:
+        applies = [(pytest.mark.long, name not in SHORT), (needs_float16, FLOAT16 in RUNS[name])]
+        return [mark for mark, true in applies if true]
+
+    return [pytest.param(*words, marks=marks(" ".join(words))) for words in runs]
+
+
+def computable(wanted: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Without what this processor cannot compute."""
+    return {name: overrides for name, overrides in wanted.items() if HAS_FLOAT16 or FLOAT16 not in overrides}
 
 
 @pytest.fixture(scope="module")
 def one(folder: Path, shards: Path) -> Runs:
     """Every model in one process, once in float32 and once in each half precision."""
-    runs = Runs(folder / "other models, one process", shards)
     wanted = {model: case.model for model, case in CASES.items()}
-    wanted |= {"float32": (FOUR,)} | {dtype: (f"model.dtype={dtype}", FOUR) for dtype in halves()}
-    return finished(runs, "python", 1, wanted)
+    wanted |= {"float32": (FOUR,)} | {dtype: (f"model.dtype={dtype}", FOUR) for dtype in HALVES}
+    wanted |= {"overflow": (*OVERFLOWING, "parallel.zero_stage=0")}
+    return finished(Runs(folder / "other models, one process", shards), "python", 1, computable(wanted))
 
 
 @pytest.fixture(scope="module")
-def two(folder: Path, shards: Path, one: Runs) -> Runs:
-    """Every model in every layout; some go on from what another one left."""
+def short_form(folder: Path, shards: Path, one: Runs) -> Runs:
+    """Every model and precision in a few layouts; some runs go on from what one process left."""
     runs = Runs(folder / "other models", shards)
-    wanted = {f"{model} {layout}": (*CASES[model].model, *CASES[model].layouts[layout]) for model, layout in ALL}
-    for dtype in halves():
-        wanted |= {f"{dtype} {name}": (f"model.dtype={dtype}", FOUR, *layout) for name, layout in PRECISIONS.items()}
-    if "float16" in halves():
-        overflowing = {name: ("model.dtype=float16", FOUR, OVERFLOWING, *PRECISIONS[name]) for name in PRECISIONS}
-        wanted |= {f"overflow {name}": overrides for name, overrides in overflowing.items()}
-        runs.broken_copy(folder_of_overflow(one), "overflow resumed", step=5)
-        wanted |= {"overflow resumed": overflowing["zero 1"]}
-    runs.broken_copy(one.folder / "large", "large resumed")
-    wanted |= {"large resumed": (*LARGE, ZERO_3)}
+    wanted = computable({name: RUNS[name] for name in RUNS if name in SHORT})
+    for name in wanted:
+        if name.endswith(" resumed"):
+            runs.broken_copy(one.folder / name.removesuffix(" resumed"), name)
     return finished(runs, "torchrun", 2, wanted)
 
 
-def halves() -> list[str]:
-    return ["bfloat16", *(["float16"] if torch.ops.mkldnn._is_mkldnn_fp16_supported() else [])]
+@pytest.fixture(scope="module")
+def long_form(short_form: Runs) -> Runs:
+    """The other layouts beside those of the short form."""
+    return finished(short_form, "torchrun", 2, computable({name: RUNS[name] for name in RUNS if name not in SHORT}))
 
 
-def folder_of_overflow(one: Runs) -> Path:
-    """A run of one process whose first steps are skipped."""
-    overrides = ("model.dtype=float16", FOUR, OVERFLOWING, "parallel.zero_stage=0")
-    finished(one, "python", 1, {"overflow": overrides})
-    return one.folder / "overflow"
+@pytest.fixture
+def two(request: pytest.FixtureRequest) -> Runs:
+    """The runs of two processes that a test needs: the long form's are trained for its tests alone."""
+    runs: Runs = request.getfixturevalue("long_form" if request.node.get_closest_marker("long") else "short_form")
+    return runs
 
 
 def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -120,7 +142,13 @@ def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Te
     return max(float((ours[name].float() - theirs[name].float()).abs().max()) for name in ours)
 
 
-@pytest.mark.parametrize(("model", "layout"), ALL)
+def test_the_short_form_has_every_model_and_every_precision():
+    assert RUNS.keys() >= SHORT
+    for kind in (*CASES, *HALVES, "overflow"):
+        assert any(name.startswith(f"{kind} ") for name in SHORT)
+
+
+@pytest.mark.parametrize(("model", "layout"), marked(ALL))
 def test_other_models_give_the_losses_norms_and_parameters_of_one_process(
     model: str, layout: str, one: Runs, two: Runs
 ):
@@ -137,10 +165,10 @@ def test_other_models_give_the_losses_norms_and_parameters_of_one_process(
 
 
 def test_a_tied_embedding_is_gathered_for_the_loss_at_zero_3_and_whole_in_the_checkpoint(one: Runs, two: Runs):
-    shapes = {name: tensor.shape for name, tensor in load_parameters(two.checkpoint("large zero 3")).items()}
+    shapes = {name: tensor.shape for name, tensor in load_parameters(two.checkpoint("large resumed")).items()}
     assert shapes["embedding.weight"].numel() > 100_000
     assert "head.weight" not in shapes
-    assert [line["step"] for line in two.evaluations("large zero 3")] == [6, 12]
+    assert [line["step"] for line in two.evaluations("large resumed")] == [6, 12]
 
 
 def test_a_run_of_one_process_goes_on_at_zero_3(one: Runs, two: Runs):
@@ -152,8 +180,7 @@ def test_a_run_of_one_process_goes_on_at_zero_3(one: Runs, two: Runs):
     assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("layout", PRECISIONS)
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("dtype", "layout"), marked(product(HALVES, PRECISIONS)))
 def test_half_precision_trains_like_float32_in_every_layout(dtype: str, layout: str, one: Runs, two: Runs):
     """Measured: losses within 0.0016 nats, norms within 0.7 %."""
     name = f"{dtype} {layout}"
@@ -165,8 +192,7 @@ def test_half_precision_trains_like_float32_in_every_layout(dtype: str, layout: 
     assert {tensor.dtype for name, tensor in carry.items() if not name.endswith(".state")} == {getattr(torch, dtype)}
 
 
-@pytest.mark.parametrize("layout", ["zero 0", "zero 1", "zero 2", "zero 3"])
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("dtype", "layout"), marked(product(HALVES, ZERO_STAGES)))
 def test_gradients_of_ranks_and_micro_batches_are_added_up_in_float32(dtype: str, layout: str, one: Runs, two: Runs):
     """In half precision two ranks with four micro-batches would be off by a thousandth."""
     first = two.norms(f"{dtype} {layout}")[0]
@@ -174,10 +200,8 @@ def test_gradients_of_ranks_and_micro_batches_are_added_up_in_float32(dtype: str
     assert first == pytest.approx(one.norms(dtype)[0], rel=1e-4)
 
 
-@needs_float16
-@pytest.mark.parametrize("layout", [*PRECISIONS, "resumed"])
-def test_a_step_that_float16_skips_still_advances_carry_and_position(layout: str, two: Runs):
-    name = f"overflow {layout}"
+@pytest.mark.parametrize("name", marked([[name] for name in RUNS if name.startswith("overflow")]))
+def test_a_step_that_float16_skips_still_advances_carry_and_position(name: str, two: Runs):
     lines = two.metrics(name)
     skipped = [line["step"] for line in lines if line["skipped"]]
     assert skipped[:3] == [1, 2, 3]

@@ -171,8 +171,13 @@ def test_eight_processes_give_the_losses_norms_and_parameters_of_one(folder: Pat
     assert_same_run(runs, EIGHT.name, EIGHT.reference)
 
 
+@pytest.fixture(scope="module")
+def whole(folder: Path, shards: Path) -> Runs:
+    """The long form."""
+    return trained(folder / "whole", shards, LONG)
+
+
 @pytest.mark.long
-def test_the_whole_matrix_gives_the_losses_norms_and_parameters_of_one_process(folder: Path, shards: Path):
-    runs = trained(folder / "whole", shards, LONG)
-    for layout in LONG:
-        assert_same_run(runs, layout.name, layout.reference)
+@pytest.mark.parametrize("layout", LONG, ids=lambda layout: layout.name)
+def test_every_layout_gives_the_losses_norms_and_parameters_of_one_process(layout: Layout, whole: Runs):
+    assert_same_run(whole, layout.name, layout.reference)
