@@ -34,6 +34,7 @@ setup(
         "rich>=13.7",
         "safetensors>=0.4.3",
         "xxhash>=3.4",
+        "fsspec>=2024.2",
         "matplotlib>=3.8",
         "tensorboard>=2.16",
     ],

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from brt_dist.run_config import RunConfig
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-bench = typer.Typer(rich_markup_mode=None, help="Measures layers or optimizer steps on random input; prints JSON.")
+bench = typer.Typer(rich_markup_mode=None, help="Measures layers, optimizer steps, shards and lanes; prints JSON.")
 app.add_typer(bench, name="bench")
+data = typer.Typer(rich_markup_mode=None, help="Checks, shows, imports and exports token shards.")
+app.add_typer(data, name="data")
 
 # Errors that a user causes and can mend, by the module that defines them.
 USER_ERRORS = (
@@ -34,9 +36,10 @@ USER_ERRORS = (
     ("brt_dist.parallel.launcher", "LaunchError"),
 )
 # Those that every rank finds alike.
-SHARED_ERRORS = (USER_ERRORS[0], USER_ERRORS[-1])
+SHARED_ERRORS = (USER_ERRORS[0], USER_ERRORS[-1], ("preprocessing.ranks", "SharedBadInput"))
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+Shards = Annotated[Path, typer.Argument(metavar="SHARDS", help="Folder of token shards.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys to set otherwise, such as train.steps=200.")
 ]
@@ -50,18 +53,36 @@ def brt(local_rank: LocalRank = None) -> None:
 
 
 @app.command()
-def prepare(config: Config, overrides: Overrides = None) -> None:
-    """Turns a corpus into a tokenizer and token shards.
+def prepare(
+    config: Config,
+    overrides: Overrides = None,
+    threads: Annotated[int, typer.Option(metavar="N", min=1, help="Threads of each process.")] = 1,
+    check_round_trip: Annotated[
+        bool, typer.Option("--check-round-trip", help="Decode every document again and compare, not only some.")
+    ] = False,
+    report: Annotated[bool, typer.Option("--report", help="Draw the lengths of documents into the shard folder.")] = (
+        False
+    ),
+) -> None:
+    """Turns corpora into a tokenizer and token shards.
+
+    Runs alone or in every process that mpiexec or srun starts; they share the work, and the result is the same to the
+    byte. Started again after an interruption it goes on behind the last finished shard.
 
     \b
-    Example:
+    Examples:
       brt prepare configs/quickstart/recurrent.yaml corpus.path=books shards.dir=shards/books
+      mpiexec -n 8 brt prepare configs/quickstart/recurrent.yaml --check-round-trip --report
     """
     run = _load(config, overrides)
-    run.require("corpus.path", "shards.dir")
+    corpora = run.corpora_by_name()
+    run.require("shards.dir")
     from preprocessing.prepare import prepare
+    from preprocessing.ranks import opened_ranks
 
-    prepare(run.corpus, run.documents, run.tokenizer, run.splits, run.shards)
+    with opened_ranks(read_launch().world_size) as ranks:
+        settings = run.documents, run.tokenizer, run.splits, run.shards
+        prepare(corpora, *settings, threads=threads, check_round_trip=check_round_trip, plot=report, ranks=ranks)
 
 
 @app.command()
@@ -151,6 +172,54 @@ def layers(
     print(json.dumps(bench_layers(run.model, run.data.segment, lanes, repeat)), flush=True)
 
 
+@bench.command("prepare")
+def bench_prepare(
+    config: Config,
+    overrides: Overrides = None,
+    megabytes: Annotated[float, typer.Option(metavar="N", min=0.001, help="About so much text, from all over.")] = 20.0,
+) -> None:
+    """Times the making of shards beside sentencepiece alone.
+
+    Needs the finished shards, whose tokenizer it takes; they stay as they are. Megabytes of text a CPU second on one
+    core, of the whole work and of sentencepiece's encoding of the same text.
+
+    \b
+    Example:
+      OMP_NUM_THREADS=1 brt bench prepare configs/quickstart/recurrent.yaml --megabytes 30
+    """
+    run = _load(config, overrides)
+    run.require("shards.dir")
+    from preprocessing.bench import bench_prepare
+
+    result = bench_prepare(run.corpora_by_name(), run.documents, run.splits, run.shards, megabytes)
+    print(json.dumps(result), flush=True)
+
+
+@bench.command("lanes")
+def bench_lanes(
+    config: Config,
+    overrides: Overrides = None,
+    documents: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Synthetic documents in place of data.shards.")
+    ] = None,
+    lanes: Annotated[int | None, typer.Option(metavar="L", min=1, help="Lanes in place of data.lanes.")] = None,
+) -> None:
+    """Times the lane plan and the reading of batches.
+
+    CPU seconds and memory to plan an epoch, milliseconds to find a position of it, the share of padding, and tokens
+    read a second from memory. With data.weights, synthetic documents are evenly of the corpora named there.
+
+    \b
+    Examples:
+      brt bench lanes configs/quickstart/recurrent.yaml
+      brt bench lanes configs/quickstart/recurrent.yaml --documents 10000000 --lanes 1024
+    """
+    run = _load(config, overrides)
+    from brt_dist.train.lane_bench import bench_lanes
+
+    print(json.dumps(bench_lanes(run.data, run.model.window, documents, lanes)), flush=True)
+
+
 @bench.command()
 def step(
     config: Config,
@@ -175,6 +244,107 @@ def step(
     result = bench_step(run.model, *sizes, run.parallel, run.optimizer, run.train, steps=steps, resolved=run.as_dict())
     if result is not None:
         print(json.dumps(result), flush=True)
+
+
+@data.command()
+def check(shards: Shards) -> None:
+    """Checks every byte of a shard folder.
+
+    Hashes of all files, ids inside the vocabulary, documents and tokens as the manifest counts them. Exit status 0 and
+    one line of totals if all is well, else 2 and one line with the first range of bytes that is wrong.
+
+    \b
+    Example:
+      brt data check shards/books
+    """
+    from brt_dist.data.check import check_shards
+
+    print(check_shards(shards), flush=True)
+
+
+@data.command()
+def show(
+    shards: Shards,
+    document: Annotated[str | None, typer.Option(metavar="ID", help="Print this document.")] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Its token ids, one a line, in place of its text.")] = False,
+) -> None:
+    """Prints a document, or what the shards hold.
+
+    The text goes to standard output exactly as it was, with nothing added; facts about it go to standard error.
+
+    \b
+    Examples:
+      brt data show shards/books
+      brt data show shards/books --document pg1342.txt > pg1342.txt
+    """
+    from brt_dist.data import show
+    from brt_dist.data.token_shards import TokenShards
+
+    opened = TokenShards.open(shards, verify="size")
+    if document is None:
+        print(show.table(opened), flush=True)
+        return
+    found = opened.split("all").only(document)
+    print(show.facts(found), file=sys.stderr, flush=True)
+    content = "".join(f"{token}\n" for token in found.tokens(0)) if tokens else show.text(opened, found)
+    sys.stdout.buffer.write(content.encode())
+    sys.stdout.buffer.flush()
+
+
+@data.command("import")
+def import_(
+    prefixes: Annotated[list[Path], typer.Argument(metavar="PREFIX", help="Datasets: PREFIX.bin and PREFIX.idx.")],
+    shards: Annotated[Path, typer.Argument(metavar="SHARDS", help="New folder of token shards.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="M.model", help="sentencepiece model of the tokens.", show_default=False)
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Without a model: how many ids there are.", show_default=False)
+    ] = None,
+    eos: Annotated[
+        int | None, typer.Option(metavar="ID", help="Without a model: the id that ends documents.", show_default=False)
+    ] = None,
+    validation: Annotated[float, typer.Option(metavar="F", help="Share of the documents for validation.")] = 0.1,
+    test: Annotated[float, typer.Option(metavar="F", help="Share of the documents for tests.")] = 0.1,
+    split_at_eos: Annotated[
+        bool, typer.Option("--split-at-eos", help="EOS inside a document begins another one.")
+    ] = False,
+) -> None:
+    """Makes token shards of Megatron datasets.
+
+    Datasets of Megatron-LM and GPT-NeoX are read with megatron-core. Each of several becomes a corpus of its own.
+    Without a sentencepiece model the shards can be trained on, but their texts cannot be shown, and scores per byte and
+    word are not known.
+
+    \b
+    Examples:
+      brt data import megatron/books_text_document shards/books --tokenizer llama.model
+      brt data import neox/code neox/books shards/mixed --vocab-size 50277 --eos 0 --validation 0.01 --test 0.01
+    """
+    from brt_dist.data.interchange import Vocabulary, import_datasets
+
+    vocabulary = Vocabulary.of(tokenizer, vocab_size, eos)
+    print(import_datasets(prefixes, shards, vocabulary, validation, test, split_at_eos), flush=True)
+
+
+@data.command()
+def export(
+    shards: Shards,
+    prefix: Annotated[Path, typer.Argument(metavar="PREFIX", help="PREFIX.bin and PREFIX.idx are written.")],
+    split: Annotated[str, typer.Option(help="Which documents: train, validation, test or all.")] = "train",
+    eos: Annotated[bool, typer.Option("--eos/--no-eos", help="EOS behind every document.")] = True,
+) -> None:
+    """Makes a Megatron dataset of token shards.
+
+    Each document is one sequence. Ids and sources of documents have no place in that format.
+
+    \b
+    Example:
+      brt data export shards/books megatron/books --split all
+    """
+    from brt_dist.data.interchange import export_shards
+
+    print(export_shards(shards, prefix, split, end_with_eos=eos), flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

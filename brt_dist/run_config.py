@@ -27,6 +27,9 @@ from preprocessing.config import CorpusConfig, DocumentsConfig, ShardsConfig, Sp
 
 Sections = dict[str, dict[str, Any]]
 
+# The section of sections.
+CORPORA = "corpora"
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one line that names the key and the numbers."""
@@ -41,6 +44,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    corpora: dict[str, CorpusConfig] = field(default_factory=dict)
     documents: DocumentsConfig = field(default_factory=DocumentsConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     splits: SplitsConfig = field(default_factory=SplitsConfig)
@@ -90,6 +94,22 @@ class RunConfig:
                 "not divide"
             )
 
+    def corpora_by_name(self) -> dict[str, CorpusConfig]:
+        """What `brt prepare` reads: the corpora, or the one of the section `corpus`, whose name is "".
+
+        ConfigError where no corpus has a path, or both sections name some.
+        """
+        if not self.corpora:
+            self.require("corpus.path")
+            return {"": self.corpus}
+        if self.corpus.path:
+            names = ", ".join(self.corpora)
+            raise ConfigError(f"corpus.path is {self.corpus.path}, but there are corpora too ({names}): leave one out")
+        for name, corpus in self.corpora.items():
+            if not corpus.path:
+                raise ConfigError(f"corpora.{name}.path is not set: name it in the configuration")
+        return self.corpora
+
     def require(self, *keys: str) -> None:
         """ConfigError unless each of `keys` ("section.key", strings) has a value."""
         for dotted in keys:
@@ -113,6 +133,8 @@ def _what_cuts(parallel: ParallelConfig) -> str:
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration in the YAML file `path`, with `section.key=value` overrides (value in YAML) on top.
+
+    The section `corpora` holds sections itself, by name: `corpora.books.path=...`.
 
     A file may hold `include: other.yaml`, or a list of files, relative to its own folder: they are read first and the
     file's own keys win. The vocabulary is one number: given in `model` or in `tokenizer`, it holds for both. An empty
@@ -193,7 +215,10 @@ def _read_override(override: str) -> Sections:
         meant = [f"{name}.{section}" for name in _sections() if section in _types(name)] if equals else []
         hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
         raise ConfigError(f"override {override!r} is not of the form section.key=value{hint}")
-    return _named({section: {key: _parse(text, f"override {override!r}")}}, "")
+    value = _parse(text, f"override {override!r}")
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return _named({section: value}, "")
 
 
 def _parse(text: str, source: str) -> Any:
@@ -208,7 +233,12 @@ def _parse(text: str, source: str) -> Any:
 
 
 def _merged(under: Sections, over: Sections) -> Sections:
-    return {name: {**under.get(name, {}), **over.get(name, {})} for name in {**under, **over}}
+    """`over` on top of `under`, key by key all the way down."""
+    merged = dict(under)
+    for name, value in over.items():
+        below = merged.get(name)
+        merged[name] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _named(values: dict[Any, Any], source: str) -> Sections:
@@ -216,12 +246,29 @@ def _named(values: dict[Any, Any], source: str) -> Sections:
     for section, keys in values.items():
         if section not in _sections():
             raise ConfigError(f"{source}there is no section {section!r}; {_nearest(section, None)}")
-        if keys is not None and not isinstance(keys, dict):
-            raise ConfigError(f"{source}{section} is {_show(keys)}; expected keys under it: {_list_keys(section)}")
-        for key in keys or {}:
-            if key not in _types(section):
-                raise ConfigError(f"{source}{section} has no key {key!r}; {_nearest(key, section)}")
+        if section == CORPORA:
+            _check_corpora(keys, source)
+        else:
+            _check_keys(section, keys, section, source)
     return {section: keys or {} for section, keys in values.items()}
+
+
+def _check_keys(shown: str, keys: Any, section: str, source: str) -> None:
+    """ConfigError unless `keys` are keys of `section`; shown: what it is called where they were given."""
+    if keys is not None and not isinstance(keys, dict):
+        raise ConfigError(f"{source}{shown} is {_show(keys)}; expected keys under it: {_list_keys(section)}")
+    for key in keys or {}:
+        if key not in _types(section):
+            raise ConfigError(f"{source}{shown} has no key {key!r}; {_nearest(key, section)}")
+
+
+def _check_corpora(corpora: Any, source: str) -> None:
+    if corpora is not None and not isinstance(corpora, dict):
+        raise ConfigError(f"{source}{CORPORA} is {_show(corpora)}; expected the names of corpora under it")
+    for name, keys in (corpora or {}).items():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+            raise ConfigError(f"{source}{CORPORA}: {_show(name)} is no name of letters, digits, '_' and '-'")
+        _check_keys(f"{CORPORA}.{name}", keys, "corpus", source)
 
 
 def _nearest(name: object, section: str | None) -> str:
@@ -249,15 +296,24 @@ def _sections() -> dict[str, Any]:
 
 @cache
 def _types(section: str) -> dict[str, Any]:
-    """The type of every key of a section."""
+    """The type of every key of a section; the keys of `corpora` are names that anybody chooses."""
+    if section == CORPORA:
+        return {}
     kind = _sections()[section]
     hints = get_type_hints(kind)
     return {key.name: hints[key.name] for key in fields(kind)}
 
 
 def _section(name: str, given: Mapping[str, Any]) -> Any:
-    """The dataclass of section `name`, made from the values given for it."""
-    values = {key: _converted(f"{name}.{key}", value, _types(name)[key]) for key, value in given.items()}
+    """The dataclass of section `name`, made from the values given for it; of `corpora`, one for each name."""
+    if name == CORPORA:
+        return {corpus: _dataclass(f"{CORPORA}.{corpus}", "corpus", keys or {}) for corpus, keys in given.items()}
+    return _dataclass(name, name, given)
+
+
+def _dataclass(shown: str, name: str, given: Mapping[str, Any]) -> Any:
+    """The dataclass of section `name`; shown: what it is called where the values were given."""
+    values = {key: _converted(f"{shown}.{key}", value, _types(name)[key]) for key, value in given.items()}
     try:
         return _sections()[name](**values)
     except ValueError as error:
@@ -285,6 +341,8 @@ def _describe(kind: Any) -> str:
         return f"one of {', '.join(map(str, arguments))}"
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(_describe(argument) for argument in arguments)
+    if get_origin(kind) is dict:
+        return f"names, and for each {_describe(arguments[1])}"
     if get_origin(kind) is tuple and arguments[-1] is Ellipsis:
         return f"a list, each of them {_describe(arguments[0])}"
     if get_origin(kind) is tuple:

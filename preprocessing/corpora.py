@@ -1,164 +1,141 @@
-"""From a corpus to units of work, and from one unit to its documents."""
+"""From corpora to units of work, and from one unit to its documents."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Protocol
 
 from brt_dist.data.errors import BadInput
-from preprocessing.config import CorpusConfig
-from preprocessing.documents import Document, printable_name
-from preprocessing.readers import files, jsonl
-from preprocessing.units import Part, Unit, pack
+from preprocessing.config import CorpusConfig, DocumentsConfig
+from preprocessing.documents import Document, LeftOut
+from preprocessing.storage import READ_ERRORS, Storage
+from preprocessing.units import Part, Unit, Units, parts_together
+from preprocessing.walk import File, FileList, find_files, storage_of
 
-# Links named one by one.
-_NAMED = 20
+# Where nobody says how large a unit of work is: enough units for many ranks, and no shard larger than 64 MB.
+_UNITS = 32
+_SMALLEST, _LARGEST = 2_000_000, 64_000_000
 
 
-@dataclass
-class _Found:
-    """What lies below the corpus folder: files that match the pattern, and what was left out.
+class Reader(Protocol):
+    """What a module in preprocessing/readers must have."""
 
-    `excluded_files` counts those that match the pattern, `excluded_folders` folders without looking into them.
-    `dead_links` names links that match it and lead nowhere, and those that lead back into a folder that they lie in.
-    """
+    def parts(
+        self,
+        storage: Storage,
+        files: Iterable[File],
+        corpus: CorpusConfig,
+        unit_bytes: int,
+        say: Callable[[str], None],
+    ) -> Iterator[Part]:
+        """The parts of the files, in order, none much larger than `unit_bytes` where a file can be cut."""
 
-    names: list[str] = field(default_factory=list)
-    excluded_files: int = 0
-    excluded_folders: int = 0
-    dead_links: list[str] = field(default_factory=list)
+    def read(
+        self, storage: Storage, parts: Sequence[Part], corpus: CorpusConfig, policy: DocumentsConfig
+    ) -> Iterator[Document | LeftOut]:
+        """The documents of parts that belong together, and what cannot be taken.
+
+        `reached` counts from the first of these parts, and no document is longer than `policy.max_bytes`. What is
+        damaged or too long is handed out as LeftOut even where `policy` forbids it: who asked for the unit ends the
+        run then.
+        """
 
 
 def list_units(
-    corpus: CorpusConfig,
-    unit_bytes: int,
+    corpora: Mapping[str, CorpusConfig],
+    unit_bytes: int | None,
     leave_out: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> list[Unit]:
-    """All units of a corpus, in an order that depends on names alone; `leave_out` is a folder that is not read.
+) -> Units:
+    """All units of the corpora, in an order that depends on names alone; `leave_out` is a folder that is not read.
 
-    `say` is told, in lines of text, what else was left out. BadInput if the path does not exist, or no file matches the
-    pattern.
+    Without `unit_bytes` the size of a unit follows from that of all corpora together. `say` is told, in lines of text,
+    what else was left out. BadInput if a path does not exist, or no file matches its pattern.
     """
-    folder, names = _corpus_files(corpus, leave_out, say)
-    return list(pack(_parts(corpus, folder, names, unit_bytes), unit_bytes))
+    found = {name: find_files(corpus, leave_out, say) for name, corpus in corpora.items()}
+    if unit_bytes is None:
+        unit_bytes = default_unit_bytes(sum(files.size for _, files in found.values()))
+    listed = ((name, _parts(corpora[name], *found.pop(name), unit_bytes, say)) for name in corpora)
+    return Units(listed, unit_bytes)
 
 
-def read_unit(corpus: CorpusConfig, unit: Unit) -> Iterator[Document]:
-    """The documents of a unit, in order. BadInput names the file that cannot be read and the place in it."""
-    root = corpus.root
-    folder = root if root.is_dir() else root.parent
+def default_unit_bytes(size: int) -> int:
+    """How large a unit is, in bytes of work, for corpora of `size` bytes together."""
+    return min(_LARGEST, max(_SMALLEST, size // _UNITS))
+
+
+def read_unit(
+    corpora: Mapping[str, CorpusConfig], unit: Unit, documents: DocumentsConfig
+) -> Iterator[Document | LeftOut]:
+    """The documents of a unit, in order, and in their places what is left out.
+
+    The ids of a corpus that has a name begin with it and "/". BadInput names what cannot be read and the place in it.
+    """
+    corpus = corpora[unit.corpus]
+    storage = storage_of(corpus)
+    reader = _reader(corpus)
+    before = 0
     try:
-        if corpus.reader == "files":
-            yield from files.read(folder, unit)
-        elif corpus.reader == "jsonl":
-            yield from jsonl.read(folder, unit, corpus.text_key, corpus.id_key)
-        else:
+        for parts in parts_together(unit.parts):
+            for found in reader.read(storage, parts, corpus, documents):
+                if isinstance(found, LeftOut):
+                    _check_allowed(found, documents, corpus, storage)
+                yield _in_unit(found, unit.corpus, before)
+            before += sum(part.size for part in parts)
+    except READ_ERRORS as error:
+        raise BadInput(f"the corpus cannot be read: {error}") from None
+
+
+def _check_allowed(found: LeftOut, documents: DocumentsConfig, corpus: CorpusConfig, storage: Storage) -> None:
+    policies = {"damaged": documents.damaged, "too_long": documents.too_long}
+    if policies.get(found.why) == "fatal":
+        place = f"{corpus.url}: {found.source}" if corpus.url else storage.shown(found.source)
+        raise BadInput(f"{place} (documents.{found.why}: skip leaves it out)")
+
+
+def _in_unit(found: Document | LeftOut, corpus: str, before: int) -> Document | LeftOut:
+    if not corpus and not before:
+        return found
+    return replace(found, id=f"{corpus}/{found.id}" if corpus else found.id, reached=before + found.reached)
+
+
+def _parts(
+    corpus: CorpusConfig, storage: Storage, files: FileList, unit_bytes: int, say: Callable[[str], None]
+) -> Iterator[Part]:
+    try:
+        yield from _reader(corpus).parts(storage, files, corpus, unit_bytes, say)
+    except READ_ERRORS as error:
+        raise BadInput(f"the corpus cannot be read: {error}") from None
+
+
+def _reader(corpus: CorpusConfig) -> Reader:
+    """The module of a reader. Those that need pyarrow are its doors: a corpus of other files never opens one."""
+    from preprocessing.readers import files, jsonl
+
+    match corpus.reader:
+        case "files":
+            return files
+        case "jsonl":
+            return jsonl
+        case "pg19":
+            from preprocessing.readers import pg19
+
+            return pg19
+        case "arxiv":
+            from preprocessing.readers import arxiv
+
+            return arxiv
+        case "parquet":
             from preprocessing.readers import parquet
 
-            yield from parquet.read(folder, unit, corpus.text_key, corpus.id_key)
-    except OSError as error:
-        raise BadInput(f"the corpus cannot be read: {error}") from None
+            return parquet
+        case "arrow":
+            from preprocessing.readers import arrow
 
+            return arrow
+        case "huggingface":
+            from preprocessing.readers import huggingface
 
-def _parts(corpus: CorpusConfig, folder: Path, names: list[str], unit_bytes: int) -> Iterator[Part]:
-    try:
-        if corpus.reader == "files":
-            yield from files.parts(folder, names, corpus.group)
-        elif corpus.reader == "jsonl":
-            yield from jsonl.parts(folder, names, unit_bytes)
-        else:
-            # The door of pyarrow: a corpus of other files never opens it.
-            from preprocessing.readers import parquet
-
-            yield from parquet.parts(folder, names, corpus.text_key)
-    except OSError as error:
-        raise BadInput(f"the corpus cannot be read: {error}") from None
-
-
-def _corpus_files(corpus: CorpusConfig, leave_out: Path | None, say: Callable[[str], None]) -> tuple[Path, list[str]]:
-    """The corpus folder and its chosen files: names relative to it with "/", in path order."""
-    root = corpus.root
-    if not corpus.path:
-        raise BadInput("corpus.path is empty: name the file or folder that holds the corpus")
-    if root.is_file():
-        return root.parent, [root.name]
-    if not root.is_dir():
-        raise BadInput(f"corpus.path {root} does not exist")
-    found = _Found()
-    _walk(corpus, leave_out, "", (os.path.realpath(root),), found)
-    if not found.names:
-        excluded = f" (left out: {', '.join(corpus.exclude)})" if corpus.exclude else ""
-        raise BadInput(f"corpus is empty: no file below {root} matches {corpus.pattern!r}{excluded}")
-    _tell_what_is_left_out(found, say)
-    return root, sorted(found.names, key=lambda name: name.split("/"))
-
-
-def _walk(corpus: CorpusConfig, leave_out: Path | None, below: str, above: tuple[str, ...], found: _Found) -> None:
-    """Add what lies in the folder root/below to `found`, folders that are links too.
-
-    `above` has the real paths of that folder and of all that the walk came through: a link to one of them would lead
-    round in a circle.
-    """
-    try:
-        with os.scandir(corpus.root / below) as entries:
-            listed = list(entries)
-    except OSError as error:
-        raise BadInput(f"the corpus cannot be read: {error}") from None
-    pattern = tuple(corpus.pattern.split("/"))
-    for entry in listed:
-        name = f"{below}/{entry.name}" if below else entry.name
-        excluded = any(fnmatchcase(entry.name, part) for part in corpus.exclude)
-        matched = matches(tuple(name.split("/")), pattern)
-        kind = _kind(entry)
-        if kind == "folder" and excluded:
-            found.excluded_folders += 1
-        elif kind == "folder":
-            real = os.path.realpath(entry.path)
-            if real in above:
-                found.dead_links.append(name)
-            elif leave_out is None or real != str(leave_out):
-                _walk(corpus, leave_out, name, (*above, real), found)
-        elif kind == "file" and matched:
-            if excluded:
-                found.excluded_files += 1
-            else:
-                found.names.append(name)
-        elif kind == "dead link" and matched and not excluded:
-            found.dead_links.append(name)
-
-
-def _kind(entry: os.DirEntry[str]) -> Literal["file", "folder", "dead link", "other"]:
-    """What an entry is, or what the link leads to that it is."""
-    try:
-        if entry.is_dir():
-            return "folder"
-        if entry.is_file():
-            return "file"
-        return "dead link" if entry.is_symlink() and not os.path.exists(entry.path) else "other"
-    except OSError:
-        return "dead link" if entry.is_symlink() else "other"
-
-
-def _tell_what_is_left_out(found: _Found, say: Callable[[str], None]) -> None:
-    counts = ((found.excluded_folders, "folder"), (found.excluded_files, "file"))
-    excluded = " and ".join(f"{count:,} {noun}{'s' * (count != 1)}" for count, noun in counts if count)
-    if excluded:
-        say(f"{excluded} left out by corpus.exclude")
-    for name in sorted(found.dead_links)[:_NAMED]:
-        say(f"link left out, it leads nowhere or back into a folder that it lies in: {printable_name(name)}")
-    if len(found.dead_links) > _NAMED:
-        say(f"... and {len(found.dead_links) - _NAMED:,} more such links")
-
-
-def matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether a path matches a glob, both cut at "/"; "**" stands for any number of folders."""
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return matches(parts, pattern[1:]) or (bool(parts) and matches(parts[1:], pattern))
-    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
+            return huggingface

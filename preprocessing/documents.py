@@ -1,4 +1,4 @@
-"""A document, and what happens to one whose bytes are not UTF-8."""
+"""A document, what is left out in place of one, and what happens to one whose bytes are not UTF-8."""
 
 from __future__ import annotations
 
@@ -13,18 +13,46 @@ class Document:
     """One text as its bytes were found.
 
     `source` tells where in the corpus it stands. A document made of several files lists them in `files`, each with the
-    offset in `content` at which it begins.
+    offset in `content` at which it begins. `split` is "train", "validation" or "test" where the corpus itself says so.
+    `reached` tells how many bytes of the unit's work, counted as `Unit.size` counts them, are done with it.
     """
 
     id: str
     source: str
     content: bytes
     files: tuple[tuple[int, str], ...] = ()
+    split: str | None = None
+    reached: int = 0
 
     def place(self, offset: int) -> str:
         """Where byte `offset` of the content is found: the file, and the byte offset in it."""
         start, file = max((entry for entry in self.files if entry[0] <= offset), default=(0, self.source))
         return f"{file}, byte offset {offset - start}"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What a reader leaves out, counted and named.
+
+    `id` is the document's id where it is known, else its place. `source` tells where in the corpus, with the reason in
+    words. `why`: "damaged" and "too_long" as `DocumentsConfig` allows them; "not_text" for what an archive holds beside
+    its texts. `reached` as in `Document`.
+    """
+
+    id: str
+    source: str
+    why: Literal["damaged", "too_long", "not_text"]
+    reached: int = 0
+
+
+def too_long(name: str, place: str, size: int, most: int, reached: int) -> LeftOut:
+    """In place of a document of `size` bytes where `most` are allowed."""
+    return LeftOut(name, f"{place}: {exceeds(size, most)}", "too_long", reached)
+
+
+def exceeds(size: int, most: int) -> str:
+    """Why a document of `size` bytes is too long."""
+    return f"{size:,} bytes, more than the {most:,} of documents.max_bytes"
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """The ledger of a shard folder: which settings it belongs to, and what of the work is finished.
 
-A JSON Lines file: first the settings, then the tokenizer, then one line for each finished unit, each added and synced
-when its file is whole. A second run keeps what is listed; a line cut short by a crash counts as not written.
+A JSON Lines file: first the settings, then the survey, the tokenizer, and one line for each finished unit, each added
+and synced when its file is whole. A second run keeps what is listed; a line cut short by a crash counts as not written.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -15,47 +16,61 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from brt_dist.data.atomic_file import whole_file
 from brt_dist.data.errors import BadInput
 from brt_dist.data.token_shards import LEDGER, MANIFEST, ShardEntry, read_manifest, writing
 from preprocessing.shard_unit import ShardReport
 
 
 class Ledger:
-    """What is finished in one shard folder, under one settings record."""
+    """What is finished in one shard folder, under one settings record. Written by rank 0 alone.
 
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self._path = path
-        self._settings = settings
-        self.tokenizer_hash: str | None = None
+    survey      hash of the table of repeated texts, once the corpora have been surveyed; "" where there are none
+    tokenizer   hash of the tokenizer's file
+    reports     by number of the unit
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self._folder, self._settings = folder, settings
+        self._path = folder / LEDGER
+        self._clear()
+
+    def _clear(self) -> None:
+        self.survey: str | None = None
+        self.tokenizer: str | None = None
         self.reports: dict[int, ShardReport] = {}
 
-    @classmethod
     @contextmanager
-    def open(cls, folder: Path, settings: dict[str, Any]) -> Iterator[Ledger]:
-        """The ledger of `folder`, begun with the first thing done, and held so that no other run writes there.
+    def held(self) -> Iterator[None]:
+        """Read what is there, and hold it so that no other run writes to the folder.
 
         BadInput if the folder holds the work of other settings, or shards of unknown settings; nothing is changed then.
         Where nothing at all gets finished, nothing is left behind that would bind the next run to these settings.
         """
-        check_settings(folder, settings)
-        fresh = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        ledger = cls(folder / LEDGER, settings)
-        with ledger._path.open("ab") as file:
-            _hold(file.fileno(), folder)
-            for abandoned in folder.glob(".*.part"):
+        check_settings(self._folder, self._settings)
+        fresh = not self._folder.exists()
+        with writing(self._path):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = self._path.open("ab")
+        with file:
+            _hold(file.fileno(), self._folder)
+            for abandoned in self._folder.glob(".*.part"):
                 abandoned.unlink()
-            lines = _whole_lines(ledger._path)
-            os.truncate(ledger._path, sum(len(line) for line in lines))
+            lines = _whole_lines(self._path)
+            os.truncate(self._path, sum(len(line) for line in lines))
             for line in lines[1:]:
-                ledger._take(json.loads(line))
+                self._take(json.loads(line))
             try:
-                yield ledger
+                yield
             finally:
-                if ledger._path.stat().st_size == 0:
-                    ledger._path.unlink()
+                if self._path.stat().st_size == 0:
+                    self._path.unlink()
                     if fresh:
-                        folder.rmdir()
+                        self._folder.rmdir()
+
+    def add_survey(self, repeats: str) -> None:
+        """The corpora are surveyed; what was made after another survey is not finished."""
+        self._add({"survey": repeats})
 
     def add_tokenizer(self, digest: str) -> None:
         """The tokenizer is finished; what was encoded by another one is not."""
@@ -65,23 +80,45 @@ class Ledger:
         """The shard of unit `number` is finished."""
         self._add({"unit": number, "report": asdict(report)})
 
+    def put_in_order(self) -> None:
+        """Write it anew in the order of the units, so that it does not tell who was ready first."""
+        entries: list[dict[str, Any]] = [{"settings": self._settings}]
+        entries += [{"survey": self.survey}, {"tokenizer": self.tokenizer}]
+        entries += [{"unit": number, "report": asdict(self.reports[number])} for number in sorted(self.reports)]
+        with writing(self._path), whole_file(self._path) as temporary:
+            temporary.write_bytes(b"".join(map(_as_line, entries)))
+
     def _add(self, entry: dict[str, Any]) -> None:
-        with writing(self._path), self._path.open("ab") as file:
-            if file.tell() == 0:
-                file.write(json.dumps({"settings": self._settings}).encode() + b"\n")
-            file.write(json.dumps(entry).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with writing(self._path), self._path.open("ab", buffering=0) as file:
+            end = file.tell()
+            line = (b"" if end else _as_line({"settings": self._settings})) + _as_line(entry)
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                # Half a line would hide all that is added behind it.
+                file.truncate(end)
+                raise
         self._take(entry)
 
     def _take(self, entry: dict[str, Any]) -> None:
+        if "survey" in entry:
+            if entry["survey"] != self.survey:
+                self._clear()
+            self.survey = entry["survey"]
         if "tokenizer" in entry:
-            if entry["tokenizer"] != self.tokenizer_hash:
+            if entry["tokenizer"] != self.tokenizer:
                 self.reports.clear()
-            self.tokenizer_hash = entry["tokenizer"]
+            self.tokenizer = entry["tokenizer"]
         if "unit" in entry:
-            report = entry["report"]
-            self.reports[entry["unit"]] = ShardReport(**{**report, "shard": ShardEntry(**report["shard"])})
+            report, shard = entry["report"], entry["report"]["shard"]
+            made = ShardEntry(**{**shard, "pieces": tuple(shard["pieces"])})
+            self.reports[entry["unit"]] = ShardReport(**{**report, "shard": made})
+
+
+def _as_line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from brt_dist.data.token_shards import FORMAT, SPLITS, manifest_hash, open_documents
+from brt_dist.data.atomic_file import whole_file
+from brt_dist.data.token_shards import FORMAT, SPLITS, file_hash, manifest_hash, open_documents, writing
 from brt_dist.data.tokenizer import HARD_TEXTS, Tokenizer
 from preprocessing.config import TokenizerConfig
 from preprocessing.shard_unit import ShardReport
 from preprocessing.survey import check_ids_differ, id_hash
 
 TOKENIZER = "tokenizer.model"
+# Every rank of a training run reads the manifest: longer lists of documents become files beside it.
+LONGEST_LIST = 100_000
+# Why documents are left out.
+REASONS = ("invalid_utf8", "empty", "damaged", "too_long", "not_text", "duplicate")
+_COUNTS = ("documents", "tokens", "bytes")
 
 
 def make_manifest(
@@ -27,43 +35,76 @@ def make_manifest(
 ) -> dict[str, Any]:
     """The manifest of the shards in `folder`; BadInput if two documents have one id.
 
-    The tokenizer is called lossless if all hard texts, and the beginning of each document, come back from their tokens.
-    Its "hash" is that of all the rest, so that a change by hand is noticed.
+    The tokenizer is called lossless if all hard texts, and each document that was decoded again, come back from their
+    tokens. Its "hash" is that of all the rest, so that a change by hand is noticed.
     """
-    counts = ("documents", "tokens", "bytes")
-    splits = {name: {key: sum(report.splits[name][key] for report in reports) for key in counts} for name in SPLITS}
+    paths = [folder / report.shard.file for report in reports]
+    check_ids_differ(_id_hashes(paths), lambda: ((entry["id"], entry["source"]) for entry in _sources(paths)))
+    splits = {name: {key: sum(report.splits[name][key] for report in reports) for key in _COUNTS} for name in SPLITS}
     skipped = [entry for report in reports for entry in report.skipped]
     replaced = [entry for report in reports for entry in report.replaced]
-    inexact = [entry for report in reports for entry in report.inexact]
+    inexact = sum(len(report.inexact) for report in reports)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "vocab_size": tokenizer.vocab_size,
-        **{key: sum(splits[name][key] for name in SPLITS) for key in counts},
-        "skipped": {why: sum(entry["why"] == why for entry in skipped) for why in ("invalid_utf8", "empty")},
+        **{key: sum(splits[name][key] for name in SPLITS) for key in _COUNTS},
+        "skipped": {why: sum(entry["why"] == why for entry in skipped) for why in REASONS},
         "replaced": {"invalid_utf8": len(replaced)},
+        "moved": {"duplicate": sum(len(report.moved) for report in reports)},
         "splits": splits,
+        "corpora": _by_corpus(reports),
         "tokenizer": {
             "file": TOKENIZER,
             "hash": tokenizer.hash,
             "kind": config.kind if config.model is None else "brought",
             "eos": tokenizer.eos,
             "lossless": not inexact and all(map(tokenizer.is_exact, HARD_TEXTS)),
-            "inexact_documents": len(inexact),
+            "inexact_documents": inexact,
+            "checked_documents": sum(report.checked for report in reports),
         },
         "shards": [asdict(report.shard) for report in reports],
-        "sources": _sources([folder / report.shard.file for report in reports]),
-        "skipped_documents": skipped,
-        "replaced_documents": replaced,
+        "sources": _listed(_sources(paths), folder, "sources"),
+        "skipped_documents": _listed(skipped, folder, "skipped_documents"),
+        "replaced_documents": _listed(replaced, folder, "replaced_documents"),
         "settings": settings,
     }
     manifest["hash"] = manifest_hash(manifest)
     return manifest
 
 
-def _sources(paths: Sequence[Path]) -> list[dict[str, str]]:
+def _by_corpus(reports: Sequence[ShardReport]) -> dict[str, dict[str, int]]:
+    """Documents, tokens and bytes of each corpus, and how many of its documents were left out."""
+    found: dict[str, dict[str, int]] = {}
+    for report in reports:
+        counts = found.setdefault(report.shard.corpus, dict.fromkeys((*_COUNTS, "skipped"), 0))
+        for key in _COUNTS:
+            counts[key] += sum(split[key] for split in report.splits.values())
+        counts["skipped"] += len(report.skipped)
+    return found
+
+
+def _sources(paths: Sequence[Path]) -> Iterator[dict[str, str]]:
     """Id, source and split of every document, in the order of the shards."""
-    documents = open_documents(paths)
-    names = list(zip(documents.ids, documents.sources, documents.splits, strict=True))
-    hashes = np.fromiter((id_hash(name) for name, _, _ in names), np.uint64, len(names))
-    check_ids_differ(hashes, lambda: [(name, source) for name, source, _ in names])
-    return [{"id": name, "source": source, "split": split} for name, source, split in names]
+    for path in paths:
+        documents = open_documents([path])
+        for name, source, split in zip(documents.ids, documents.sources, documents.splits, strict=True):
+            yield {"id": name, "source": source, "split": split}
+
+
+def _id_hashes(paths: Sequence[Path]) -> np.ndarray:
+    hashes = [np.fromiter(map(id_hash, open_documents([path]).ids), np.uint64) for path in paths]
+    return np.concatenate([np.zeros(0, np.uint64), *hashes])
+
+
+def _listed(entries: Iterable[dict[str, str]], folder: Path, name: str) -> list[dict[str, str]] | dict[str, Any]:
+    """The entries; where they are many, the JSON Lines file beside the manifest that they were written to."""
+    coming = iter(entries)
+    first = list(islice(coming, LONGEST_LIST + 1))
+    if len(first) <= LONGEST_LIST:
+        return first
+    path = folder / f"{name}.jsonl"
+    count = 0
+    with writing(path), whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for count, entry in enumerate(chain(first, coming), start=1):  # noqa: B007
+            file.write(json.dumps(entry) + "\n")
+    return {"file": path.name, "hash": file_hash(path), "entries": count}

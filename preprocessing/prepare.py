@@ -1,20 +1,21 @@
-"""From a corpus to token shards: survey, tokenizer, one shard for each unit of work, manifest."""
+"""From corpora to token shards: survey, tokenizer, one shard for each unit of work, manifest."""
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from brt_dist.data.atomic_file import whole_file, write_json
 from brt_dist.data.errors import BadInput
-from brt_dist.data.token_shards import LEDGER, MANIFEST, TokenShards, file_hash, writing
-from brt_dist.data.tokenizer import HARD_TEXTS, Tokenizer, train_tokenizer
+from brt_dist.data.token_shards import LEDGER, MANIFEST, SPLITS, TokenShards, file_hash, writing
+from brt_dist.data.tokenizer import HARD_TEXTS, Tokenizer, byte_tokenizer, train_tokenizer
 from preprocessing.config import (
     DEFAULT_VOCAB_SIZE,
     CorpusConfig,
@@ -24,125 +25,187 @@ from preprocessing.config import (
     TokenizerConfig,
 )
 from preprocessing.corpora import list_units, read_unit
+from preprocessing.documents import Document
 from preprocessing.ledger import Ledger, check_settings
+from preprocessing.lengths import draw_lengths, lengths_by_corpus
 from preprocessing.manifest import TOKENIZER, make_manifest
-from preprocessing.report import Reporter
-from preprocessing.shard_unit import ShardReport, shard_name, write_unit
-from preprocessing.survey import check_ids_differ, survey_unit
-from preprocessing.units import Unit, fingerprint
+from preprocessing.ranks import Ranks
+from preprocessing.repeats import Repeats, find_repeats
+from preprocessing.report import Progress, Reporter
+from preprocessing.sample import Block, Sample
+from preprocessing.shard_unit import Recipe, ShardReport, shard_name, write_unit
+from preprocessing.survey import Survey, check_ids_differ, survey_unit
+from preprocessing.units import Units
+
+REPEATS = "repeats.npy"
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What the steps of one `prepare` share."""
+    """What the steps of one `prepare` share; every rank has the same."""
 
-    corpus: CorpusConfig
+    corpora: Mapping[str, CorpusConfig]
     documents: DocumentsConfig
     tokenizer: TokenizerConfig
     splits: SplitsConfig
-    units: list[Unit]
     folder: Path
-    threads: int
+    units: Units
+    settings: dict[str, Any]
+    ranks: Ranks
     reporter: Reporter
-
-    @property
-    def size(self) -> int:
-        """Bytes of work."""
-        return sum(unit.size for unit in self.units)
 
 
 def prepare(
-    corpus: CorpusConfig,
+    corpora: Mapping[str, CorpusConfig],
     documents: DocumentsConfig,
     tokenizer: TokenizerConfig,
     splits: SplitsConfig,
     shards: ShardsConfig,
     *,
-    threads: int | None = None,
+    threads: int = 1,
+    check_round_trip: bool = False,
+    plot: bool = False,
+    ranks: Ranks | None = None,
     reporter: Reporter | None = None,
 ) -> Path:
-    """Make the shard folder `shards.dir` from a corpus and return the path of its manifest.
+    """Make the shard folder `shards.dir` from corpora, by name, and return the path of its manifest.
 
     Takes up an unfinished run where it stopped, and does nothing to a finished one. Equal settings and files give equal
-    bytes, whatever the machine and the number of threads (by default every processor this process may use).
-    Raises BadInput for what is wrong with the corpus, the settings or the folder; nothing is overwritten then.
+    bytes, whatever the machine and the number of threads and ranks; every rank calls this together.
+    threads: of each rank. check_round_trip: decode every document again and compare, not only some. plot: draw the
+    lengths of documents into the folder.
+    Raises BadInput for what is wrong with the corpora, the settings or the folder; nothing is overwritten then.
     """
     if not shards.dir:
         raise BadInput("shards.dir is empty: name the folder for the shards")
     folder = Path(shards.dir)
-    reporter = reporter or Reporter()
-    units = list_units(corpus, shards.unit_bytes, folder.resolve(), reporter.say)
-    job = _Job(corpus, documents, tokenizer, splits, units, folder, threads or _processors(), reporter)
-    settings = _settings(job, shards)
-    check_settings(folder, settings)
-    if _is_finished(job):
-        reporter.say(f"{folder / MANIFEST} is complete: nothing to do")
-        return folder / MANIFEST
-    with Ledger.open(folder, settings) as ledger:
-        model = _tokenizer(job, ledger)
-        _write_shards(job, model, ledger)
-        reports = [ledger.reports[unit.number] for unit in units]
-        manifest = make_manifest(folder, reports, model, tokenizer, settings)
-        with writing(folder / MANIFEST):
-            write_json(folder / MANIFEST, manifest)
-    reporter.summary(manifest)
+    ranks = ranks or Ranks()
+    reporter = reporter or Reporter(Console(quiet=ranks.rank > 0))
+    units = ranks.lead(lambda: list_units(corpora, shards.unit_bytes, folder.resolve(), reporter.say))
+    settings = ranks.lead(lambda: _settings(corpora, documents, tokenizer, splits, shards, units))
+    job = _Job(corpora, documents, tokenizer, splits, folder, units, settings, ranks, reporter)
+    if not ranks.lead(lambda: _is_finished(job, check_round_trip)):
+        _make(job, check_round_trip, threads)
+    ranks.lead(lambda: _report(job, plot))
     return folder / MANIFEST
 
 
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _make(job: _Job, check_round_trip: bool, threads: int) -> None:
+    ranks, ledger = job.ranks, Ledger(job.folder, job.settings)
+    with ExitStack() as stack:
+        ranks.lead(lambda: stack.enter_context(ledger.held()))
+        if not ranks.lead(lambda: _is_surveyed(job, ledger)):
+            _survey(job, ledger)
+        model, repeats = ranks.lead(lambda: ((job.folder / TOKENIZER).read_bytes(), _load_repeats(job, ledger)))
+        recipe = Recipe(job.corpora, job.documents, job.splits, Tokenizer(model), repeats, check_round_trip, threads)
+        _write_shards(job, recipe, ledger)
+        ranks.lead(lambda: _finish(job, recipe.tokenizer, ledger))
 
 
-def _settings(job: _Job, shards: ShardsConfig) -> dict[str, Any]:
+def _settings(
+    corpora: Mapping[str, CorpusConfig],
+    documents: DocumentsConfig,
+    tokenizer: TokenizerConfig,
+    splits: SplitsConfig,
+    shards: ShardsConfig,
+    units: Units,
+) -> dict[str, Any]:
     """All that decides the bytes of the shards.
 
-    Where the corpus lies does not, nor where a tokenizer comes from that is brought along: its content counts.
+    Where a corpus lies does not, nor where a tokenizer comes from that is brought along: its content counts.
     """
-    corpus = {key: value for key, value in asdict(job.corpus).items() if key != "path"}
-    tokenizer = asdict(job.tokenizer)
-    if job.tokenizer.model is not None:
-        tokenizer = {"model": Tokenizer.open(job.tokenizer.model).hash}
+    by_name = {
+        name: {**{key: value for key, value in asdict(corpus).items() if key != "path"}, "pattern": corpus.pattern}
+        for name, corpus in corpora.items()
+    }
+    brought = {"model": Tokenizer.open(tokenizer.model).hash} if tokenizer.model is not None else None
     return {
-        "corpus": {**corpus, "pattern": job.corpus.pattern, "exclude": list(job.corpus.exclude)},
-        "documents": asdict(job.documents),
-        "tokenizer": tokenizer,
-        "splits": asdict(job.splits),
+        **({"corpus": by_name[""]} if "" in corpora else {"corpora": by_name}),
+        "documents": asdict(documents),
+        "tokenizer": brought or asdict(tokenizer),
+        "splits": asdict(splits),
         "shards": {"unit_bytes": shards.unit_bytes},
-        "corpus_files": fingerprint(job.units),
+        "corpus_files": units.fingerprint(),
     }
 
 
-def _is_finished(job: _Job) -> bool:
+def _is_finished(job: _Job, check_round_trip: bool) -> bool:
     """Whether the manifest is there and every file has its hash; damage that the ledger lets us mend is reported."""
+    check_settings(job.folder, job.settings)
     if not (job.folder / MANIFEST).exists():
         return False
     job.reporter.say(f"checking the finished shards in {job.folder}")
     try:
-        TokenShards.open(job.folder, verify="full")
+        manifest = TokenShards.open(job.folder, verify="full").manifest
     except BadInput as error:
         if not (job.folder / LEDGER).exists():
             raise
         job.reporter.say(f"to be mended: {error}")
         return False
+    if check_round_trip and manifest["tokenizer"]["checked_documents"] < manifest["documents"]:
+        job.reporter.say("not every document was decoded again: encoding all of them once more")
+        return False
+    job.reporter.say(f"{job.folder / MANIFEST} is complete: nothing to do")
     return True
 
 
-def _tokenizer(job: _Job, ledger: Ledger) -> Tokenizer:
-    """The shard folder's tokenizer: the one already there, the one that is brought along, or a new one."""
-    path = job.folder / TOKENIZER
-    if ledger.tokenizer_hash and path.exists() and file_hash(path) == ledger.tokenizer_hash:
-        return Tokenizer.open(path)
-    content = _trained_tokenizer(job) if job.tokenizer.model is None else _brought_tokenizer(job)
-    with writing(path), whole_file(path) as temporary:
-        temporary.write_bytes(content)
-    model = Tokenizer.open(path)
-    ledger.add_tokenizer(model.hash)
-    return model
+def _is_surveyed(job: _Job, ledger: Ledger) -> bool:
+    """Whether what the survey made, the tokenizer and the table of repeated texts, is there and whole."""
+    made = ((ledger.tokenizer, job.folder / TOKENIZER), (ledger.survey, job.folder / REPEATS))
+    return all(
+        digest is not None and (not digest or (path.exists() and file_hash(path) == digest)) for digest, path in made
+    )
 
 
-def _trained_tokenizer(job: _Job) -> bytes:
+def _load_repeats(job: _Job, ledger: Ledger) -> Repeats:
+    return Repeats.load(job.folder / REPEATS) if ledger.survey else find_repeats([])
+
+
+def _survey(job: _Job, ledger: Ledger) -> None:
+    """Read the corpora once and check them; find repeated texts, and make the tokenizer."""
+    trained = job.tokenizer.model is None and job.tokenizer.kind != "bytes"
+    sample = Sample(job.tokenizer.sample_bytes if trained else 0, job.tokenizer.seed)
+    surveys: dict[int, Survey] = {}
+
+    def work(number: int, tell: Callable[[Progress], None]) -> Survey:
+        return survey_unit(job.units[number], job.corpora, job.documents, job.splits, sample, tell)
+
+    with job.reporter.steps("reading", job.units.sizes) as steps:
+        job.ranks.divide(range(len(job.units)), work, surveys.__setitem__, steps.advance)
+
+    def judge() -> Repeats:
+        in_order = [surveys[number] for number in range(len(job.units))]
+        repeats = find_repeats([survey.contents for survey in in_order])
+        _check_not_empty(job, in_order)
+        check_ids_differ(np.concatenate([survey.id_hashes for survey in in_order]), lambda: _names(job))
+        return repeats
+
+    repeats = job.ranks.lead(judge)
+    blocks = [block for block in sample.agreed(job.ranks) if _is_for_training(block, repeats)]
+
+    def keep() -> None:
+        content = _tokenizer(job, [block.text for block in blocks])
+        ledger.add_survey(repeats.save(job.folder / REPEATS) if len(repeats) else "")
+        with writing(job.folder / TOKENIZER), whole_file(job.folder / TOKENIZER) as temporary:
+            temporary.write_bytes(content)
+        ledger.add_tokenizer(file_hash(job.folder / TOKENIZER))
+
+    job.ranks.lead(keep)
+
+
+def _is_for_training(block: Block, repeats: Repeats) -> bool:
+    """Whether no held-back document has the text that a block is of."""
+    found = repeats.find(block.content)
+    return found is None or found[0] == "train"
+
+
+def _tokenizer(job: _Job, sample: list[str]) -> bytes:
+    """The content of the tokenizer's file: brought along, of bytes, or trained on the sample."""
     config = job.tokenizer
-    sample = _survey(job, min(1.0, config.sample_bytes / max(job.size, 1)))
+    if config.model is not None:
+        return _brought_tokenizer(config)
+    if config.kind == "bytes":
+        return byte_tokenizer()
     text = f"{sum(map(len, sample)) / 1e6:.1f} million characters"
     job.reporter.say(f"training a {config.kind} tokenizer of {config.vocab_size} pieces on {text}")
     began = time.monotonic()
@@ -154,42 +217,22 @@ def _trained_tokenizer(job: _Job) -> bytes:
     return content
 
 
-def _brought_tokenizer(job: _Job) -> bytes:
-    path = Path(str(job.tokenizer.model))
+def _brought_tokenizer(config: TokenizerConfig) -> bytes:
+    path = Path(str(config.model))
     size = Tokenizer.open(path).vocab_size
-    if job.tokenizer.vocab_size not in (size, DEFAULT_VOCAB_SIZE):
-        asked = job.tokenizer.vocab_size
+    if config.vocab_size not in (size, DEFAULT_VOCAB_SIZE):
+        asked = config.vocab_size
         raise BadInput(
             f"tokenizer.vocab_size is {asked}, but {path} has {size} pieces (leave tokenizer.vocab_size out)"
         )
-    _survey(job, 0.0)
     return path.read_bytes()
 
 
-def _survey(job: _Job, fraction: float) -> list[str]:
-    """Read the whole corpus once and check it; returns the sample, blocks of text of at most `sample_bytes` bytes."""
-    id_hashes: list[np.ndarray] = []
-    sample: list[str] = []
-    room = job.tokenizer.sample_bytes
-    kept = train = 0
-    with job.reporter.steps("reading", job.size) as step:
-        for unit in job.units:
-            survey = survey_unit(unit, job.corpus, job.documents, job.splits, fraction, job.tokenizer.seed)
-            id_hashes.append(survey.id_hashes)
-            kept, train = kept + survey.kept, train + survey.train
-            for block in survey.sample:
-                size = len(block.encode())
-                if size <= room:
-                    sample.append(block)
-                    room -= size
-            step.advance(unit.size)
-    _check_not_empty(job.corpus, sum(map(len, id_hashes)), kept, train)
-    check_ids_differ(np.concatenate(id_hashes), lambda: _names(job))
-    return sample
-
-
-def _check_not_empty(corpus: CorpusConfig, found: int, kept: int, train: int) -> None:
-    place = str(corpus.root) if corpus.root.is_file() else f"{corpus.root} (pattern {corpus.pattern!r})"
+def _check_not_empty(job: _Job, surveys: Sequence[Survey]) -> None:
+    found = sum(len(survey.id_hashes) for survey in surveys)
+    kept = sum(len(survey.contents) for survey in surveys)
+    train = sum(int((survey.contents["split"] == SPLITS.index("train")).sum()) for survey in surveys)
+    place = " and ".join(map(_place, job.corpora.values()))
     if found == 0:
         raise BadInput(f"corpus is empty: no documents in {place}")
     if kept == 0:
@@ -202,29 +245,60 @@ def _check_not_empty(corpus: CorpusConfig, found: int, kept: int, train: int) ->
         raise BadInput(f"{fall} into the train split, so there is nothing to train on")
 
 
+def _place(corpus: CorpusConfig) -> str:
+    root = Path(corpus.root)
+    return str(root) if root.is_file() else f"{corpus.root} (pattern {corpus.pattern!r})"
+
+
 def _names(job: _Job) -> Iterator[tuple[str, str]]:
-    return ((document.id, document.source) for unit in job.units for document in read_unit(job.corpus, unit))
+    for unit in job.units:
+        for document in read_unit(job.corpora, unit, job.documents):
+            if isinstance(document, Document):
+                yield document.id, document.source
 
 
-def _write_shards(job: _Job, tokenizer: Tokenizer, ledger: Ledger) -> None:
-    missing = [unit for unit in job.units if not _is_kept(job.folder, unit, ledger.reports.get(unit.number))]
-    if len(missing) < len(job.units):
-        job.reporter.say(f"{len(job.units) - len(missing)} of {len(job.units)} shards are finished and kept")
-    done = job.size - sum(unit.size for unit in missing)
-    with job.reporter.steps("encoding", job.size, done) as step:
-        for unit in missing:
-            begun = step.done
-            report = write_unit(
-                unit, job.corpus, job.documents, job.splits, tokenizer, job.folder, job.threads, step.advance
-            )
-            # What was no text (JSON around it, documents left out) is done too.
-            step.advance(begun + unit.size - step.done)
-            if report.inexact and job.tokenizer.model is None:
-                lost = report.inexact[0]
-                raise BadInput(f"document {lost['id']!r} ({lost['source']}) {lost['why']}")
-            ledger.add_unit(unit.number, report)
+def _write_shards(job: _Job, recipe: Recipe, ledger: Ledger) -> None:
+    """One shard for each unit, by whichever rank is free; those that are finished are kept after a look at them."""
+    finished = {
+        number: report.shard.hash
+        for number, report in ledger.reports.items()
+        if report.all_checked or not recipe.check_all
+    }
+    if finished:
+        job.reporter.say(f"{len(finished)} of {len(job.units)} shards are finished and kept")
+
+    def work(item: tuple[int, str | None], tell: Callable[[Progress], None]) -> ShardReport | None:
+        unit = job.units[item[0]]
+        path = job.folder / shard_name(unit)
+        if item[1] is not None and path.is_file() and file_hash(path) == item[1]:
+            tell(Progress(unit.corpus, unit.size, 0, 0))
+            return None
+        return write_unit(unit, recipe, job.folder, tell)
+
+    def take(item: tuple[int, str | None], report: ShardReport | None) -> None:
+        if report is None:
+            return
+        if report.inexact and job.tokenizer.model is None:
+            lost = report.inexact[0]
+            raise BadInput(f"document {lost['id']!r} ({lost['source']}) {lost['why']}")
+        ledger.add_unit(item[0], report)
+
+    items = [(number, finished.get(number)) for number in range(len(job.units))]
+    with job.reporter.steps("encoding", job.units.sizes) as steps:
+        job.ranks.divide(items, work, take, steps.advance)
 
 
-def _is_kept(folder: Path, unit: Unit, report: ShardReport | None) -> bool:
-    path = folder / shard_name(unit)
-    return report is not None and path.exists() and file_hash(path) == report.shard.hash
+def _finish(job: _Job, model: Tokenizer, ledger: Ledger) -> None:
+    reports = [ledger.reports[number] for number in range(len(job.units))]
+    ledger.put_in_order()
+    manifest = make_manifest(job.folder, reports, model, job.tokenizer, job.settings)
+    with writing(job.folder / MANIFEST):
+        write_json(job.folder / MANIFEST, manifest)
+
+
+def _report(job: _Job, plot: bool) -> None:
+    shards = TokenShards.open(job.folder, verify="none")
+    lengths = lengths_by_corpus(shards.split("all"))
+    job.reporter.summary(shards.manifest, lengths)
+    if plot:
+        job.reporter.say(f"{draw_lengths(lengths, job.folder)} shows the lengths of documents")

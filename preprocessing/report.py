@@ -1,20 +1,34 @@
-"""What `prepare` shows: a progress bar on a terminal, plain lines elsewhere, and a table at the end."""
+"""What `prepare` shows: progress by corpus, bars on a terminal and plain lines elsewhere, and tables at the end."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
+
+from preprocessing.lengths import FAR, share_beyond
 
 # Seconds between two plain lines of progress.
 _PAUSE = 5.0
 # Documents named one by one on the console; the manifest names all.
 _NAMED = 20
+
+
+class Progress(NamedTuple):
+    """What was done since the last word of it: bytes of one corpus as they lie there, documents and tokens."""
+
+    corpus: str
+    bytes: int
+    documents: int
+    tokens: int
 
 
 class Reporter:
@@ -28,40 +42,42 @@ class Reporter:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def steps(self, title: str, total: int, done: int = 0) -> Iterator[Step]:
-        """A stretch of `total` megabytes of work of which `done` are finished."""
+    def steps(self, title: str, sizes: Mapping[str, int]) -> Iterator[Steps]:
+        """A stretch of work over corpora of so many bytes."""
         if self._console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("MB"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
+                *(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}")),
+                *(TimeElapsedColumn(), TimeRemainingColumn()),
             )
-            with Progress(*columns, console=self._console) as bar:
-                yield _BarStep(bar, title, total, done)
+            with Bars(*columns, console=self._console) as bars:
+                yield _BarSteps(bars, title, sizes)
         else:
-            step = _LineStep(self, title, total, done)
-            yield step
-            step.say()
+            steps = _LineSteps(self, title, sizes)
+            yield steps
+            steps.say()
 
-    def summary(self, manifest: dict[str, Any]) -> None:
-        """Documents, tokens and bytes by split, and by name what was left out or changed."""
-        table = Table("split", "documents", "tokens", "bytes", "bytes per token")
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for name, counts in [*manifest["splits"].items(), ("all", manifest)]:
-            ratio = f"{counts['bytes'] / counts['tokens']:.3f}" if counts["tokens"] else "-"
-            table.add_row(name, *(f"{counts[key]:,}" for key in ("documents", "tokens", "bytes")), ratio)
-        self._console.print(table)
+    def summary(self, manifest: dict[str, Any], lengths: Mapping[str, np.ndarray]) -> None:
+        """Tables of what the shards hold, and by name what was left out or changed.
+
+        lengths: tokens of every document of each corpus.
+        """
+        self._console.print(_split_table(manifest))
+        self._console.print(_length_table(lengths))
+        left_out = ", ".join(f"{count:,} {why}" for why, count in manifest["skipped"].items() if count)
+        if left_out:
+            self.say(f"left out: {left_out}")
         self._name_documents("left out", manifest["skipped_documents"])
         self._name_documents("changed (U+FFFD for bad bytes)", manifest["replaced_documents"])
+        if moved := manifest["moved"]["duplicate"]:
+            self.say(f"{moved:,} documents went into the split of a held-back document with the same text")
         if not manifest["tokenizer"]["lossless"]:
             count = manifest["tokenizer"]["inexact_documents"]
             self.say(f"the tokenizer is not lossless: {count} documents do not come back from their tokens unchanged")
 
-    def _name_documents(self, title: str, named: list[dict[str, str]]) -> None:
+    def _name_documents(self, title: str, named: list[dict[str, str]] | dict[str, Any]) -> None:
+        if isinstance(named, dict):
+            self.say(f"{named['entries']:,} documents {title}, all named in {named['file']}")
+            return
         if not named:
             return
         self.say(f"{len(named)} {'document' if len(named) == 1 else 'documents'} {title}:")
@@ -73,45 +89,88 @@ class Reporter:
             self.say(f"  ... and {len(named) - _NAMED} more, all named in the manifest")
 
 
-class Step:
-    """A stretch of work in progress; `done` counts its finished bytes."""
+def _split_table(manifest: dict[str, Any]) -> Table:
+    table = Table("split", "documents", "tokens", "bytes", "bytes per token")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, counts in [*manifest["splits"].items(), ("all", manifest)]:
+        ratio = f"{counts['bytes'] / counts['tokens']:.3f}" if counts["tokens"] else "-"
+        table.add_row(name, *(f"{counts[key]:,}" for key in ("documents", "tokens", "bytes")), ratio)
+    return table
 
-    def __init__(self, done: int):
-        self.done = done
 
-    def advance(self, size: int) -> None:
-        """`size` more bytes are done."""
-        self.done += size
-        self._show()
+def _length_table(lengths: Mapping[str, np.ndarray]) -> Table:
+    """Tokens of a document, and how much of each corpus lies far behind a document's beginning."""
+    names = ("10 %", "median", "90 %", "99 %", "longest", *(f"> {far // 1024}k" for far in FAR))
+    table = Table("corpus", *names, title="tokens in a document; share of all tokens behind so many of their document")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for corpus, length_D in lengths.items():
+        if len(length_D):
+            # Not interpolated: these are lengths of documents that there are.
+            points = np.quantile(length_D, (0.1, 0.5, 0.9, 0.99, 1.0), method="inverted_cdf")
+            shares = [f"{share_beyond(length_D, far):.1%}" for far in FAR]
+            table.add_row(corpus or "all", *(f"{int(point):,}" for point in points), *shares)
+    return table
 
-    def _show(self) -> None:
+
+class Steps:
+    """A stretch of work in progress."""
+
+    def __init__(self, sizes: Mapping[str, int]):
+        self._sizes = sizes
+        self._done: dict[str, Counter[str]] = {corpus: Counter() for corpus in sizes}
+
+    def advance(self, news: Progress) -> None:
+        """So much more is done."""
+        self._done[news.corpus].update(bytes=news.bytes, documents=news.documents, tokens=news.tokens)
+        self._show(news.corpus)
+
+    def figures(self, corpora: Mapping[str, int]) -> str:
+        """Bytes, documents and tokens done of some corpora."""
+        done = sum((self._done[corpus] for corpus in corpora), Counter())
+        text = f"{done['bytes'] / 1e6:,.1f} of {sum(corpora.values()) / 1e6:,.1f} MB, {done['documents']:,} documents"
+        return f"{text}, {done['tokens']:,} tokens" if done["tokens"] else text
+
+    def _show(self, corpus: str) -> None:
         raise NotImplementedError
 
 
-class _BarStep(Step):
-    def __init__(self, bar: Progress, title: str, total: int, done: int):
-        super().__init__(done)
-        self._bar = bar
-        self._task = bar.add_task(title, total=max(1, round(total / 1e6)), completed=round(done / 1e6))
+class _BarSteps(Steps):
+    def __init__(self, bars: Bars, title: str, sizes: Mapping[str, int]):
+        super().__init__(sizes)
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {
+            corpus: bars.add_task(f"{title} {corpus}".strip(), total=max(1, size), figures="")
+            for corpus, size in sizes.items()
+        }
 
-    def _show(self) -> None:
-        self._bar.update(self._task, completed=round(self.done / 1e6))
+    def _show(self, corpus: str) -> None:
+        figures = self.figures({corpus: self._sizes[corpus]})
+        self._bars.update(self._tasks[corpus], completed=self._done[corpus]["bytes"], figures=figures)
 
 
-class _LineStep(Step):
-    def __init__(self, reporter: Reporter, title: str, total: int, done: int):
-        super().__init__(done)
-        self._reporter, self._title, self._total, self._first = reporter, title, total, done
+class _LineSteps(Steps):
+    def __init__(self, reporter: Reporter, title: str, sizes: Mapping[str, int]):
+        super().__init__(sizes)
+        self._reporter, self._title = reporter, title
         self._began = self._said = time.monotonic()
 
-    def _show(self) -> None:
+    def _show(self, corpus: str) -> None:
         if time.monotonic() - self._said >= _PAUSE:
-            self.say()
+            self.say(corpus)
 
-    def say(self) -> None:
-        """One line of where the work stands."""
+    def say(self, corpus: str | None = None) -> None:
+        """One line of where the work stands; corpus: which of them is worked on now."""
         self._said = time.monotonic()
         seconds = self._said - self._began
-        rate = (self.done - self._first) / 1e6 / max(seconds, 1e-3)
-        figures = f"{self.done / 1e6:.1f} of {self._total / 1e6:.1f} MB, {seconds:.0f} s, {rate:.1f} MB/s"
-        self._reporter.say(f"{self._title}: {figures}")
+        done = sum(counts["bytes"] for counts in self._done.values())
+        line = (
+            f"{self._title}: {self.figures(self._sizes)}, {seconds:.0f} s, {done / 1e6 / max(seconds, 1e-3):.1f} MB/s"
+        )
+        left = sum(self._sizes.values()) - done
+        if corpus is not None and done:
+            line += f", {left * seconds / done:.0f} s left"
+            if len(self._sizes) > 1:
+                line += f" ({corpus}: {self.figures({corpus: self._sizes[corpus]})})"
+        self._reporter.say(line)

@@ -6,54 +6,65 @@ What is wrong with a corpus (bad bytes, one id twice, no documents) shows here, 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import xxhash
 
 from brt_dist.data.errors import BadInput
-from brt_dist.data.tokenizer import line_chunks
+from brt_dist.data.splits import split_of
+from brt_dist.data.token_shards import SPLITS
 from preprocessing.config import CorpusConfig, DocumentsConfig, SplitsConfig
 from preprocessing.corpora import read_unit
-from preprocessing.documents import decode
-from preprocessing.splits import split_of
+from preprocessing.documents import LeftOut, decode
+from preprocessing.repeats import CONTENT, content_hash
+from preprocessing.report import Progress
+from preprocessing.sample import Sample
 from preprocessing.units import Unit
-
-# Characters in one block of the sample: short, so that a small sample still comes from many documents.
-_BLOCK = 4096
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What one unit of work holds. `id_hashes` has the xxh3_64 of every document's id, uint64, skipped ones too."""
+    """What one unit of work holds.
+
+    id_hashes   xxh3_64 of every document's id, uint64; those of documents that are left out too
+    contents    of type `repeats.CONTENT`, of those that are not left out
+    """
 
     id_hashes: np.ndarray
-    kept: int
-    train: int
-    sample: list[str]
+    contents: np.ndarray
 
 
 def survey_unit(
-    unit: Unit, corpus: CorpusConfig, documents: DocumentsConfig, splits: SplitsConfig, fraction: float, seed: int
+    unit: Unit,
+    corpora: Mapping[str, CorpusConfig],
+    documents: DocumentsConfig,
+    splits: SplitsConfig,
+    sample: Sample,
+    tell: Callable[[Progress], None],
 ) -> Survey:
-    """Read one unit; its sample has each block of its train documents with probability `fraction`, chosen by a hash."""
+    """Read one unit, and offer its train documents to the sample."""
     hashes = array("Q")
-    kept = train = 0
-    sample: list[str] = []
-    for document in read_unit(corpus, unit):
+    contents: list[tuple[int, int, int, int]] = []
+    reached = 0
+    for number, document in enumerate(read_unit(corpora, unit, documents)):
+        tell(Progress(unit.corpus, document.reached - reached, 1, 0))
+        reached = document.reached
+        if isinstance(document, LeftOut):
+            continue
         hashes.append(id_hash(document.id))
-        text = decode(document, documents.invalid_utf8).text
-        if text is None:
+        decoded = decode(document, documents.invalid_utf8)
+        if decoded.text is None:
             continue
-        kept += 1
-        if split_of(document.id, splits) != "train":
-            continue
-        train += 1
-        for number, block in enumerate(line_chunks(text, _BLOCK)):
-            if xxhash.xxh3_64_intdigest(f"{number}\n{document.id}".encode(), seed=seed) < fraction * 2**64:
-                sample.append(block)
-    return Survey(np.array(hashes, np.uint64), kept, train, sample)
+        content = document.content if decoded.why is None else decoded.text.encode()
+        split = document.split or split_of(document.id, splits.validation, splits.test)
+        digest = content_hash(content)
+        contents.append((*digest, number, SPLITS.index(split)))
+        if split == "train":
+            sample.offer(unit.number, number, document.id, digest, decoded.text)
+    tell(Progress(unit.corpus, unit.size - reached, 0, 0))
+    return Survey(np.array(hashes, np.uint64), np.array(contents, CONTENT))
 
 
 def id_hash(document_id: str) -> int:

@@ -43,7 +43,7 @@ def shards(corpus: Path) -> Path:
     """The folder of shards of `corpus`, with a vocabulary of 384; a test that changes it works on a copy."""
     folder = corpus.parent / "shards"
     prepare(
-        CorpusConfig(reader="jsonl", path=str(corpus)),
+        {"": CorpusConfig(reader="jsonl", path=str(corpus))},
         DocumentsConfig(),
         TokenizerConfig(vocab_size=VOCABULARY),
         SplitsConfig(0.1, 0.1),

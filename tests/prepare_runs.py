@@ -26,18 +26,21 @@ class Run:
 
     def __init__(self, folder: Path):
         self.corpus = CorpusConfig(path=str(folder / "corpus" / "*.txt"))
+        self.corpora: dict[str, CorpusConfig] = {}
         self.documents = DocumentsConfig()
         self.tokenizer = TokenizerConfig(vocab_size=330)
         self.splits = SplitsConfig(0.2, 0.2)
         self.shards = ShardsConfig(dir=str(folder / "shards"), unit_bytes=5000)
+        self.check_round_trip = False
         self.folder = folder / "shards"
         self.printed = ""
 
     def __call__(self, threads: int = 1) -> TokenShards:
         text = io.StringIO()
         try:
-            parts = (self.corpus, self.documents, self.tokenizer, self.splits, self.shards)
-            path = prepare(*parts, threads=threads, reporter=Reporter(Console(file=text, width=100)))
+            parts = (self.corpora or {"": self.corpus}, self.documents, self.tokenizer, self.splits, self.shards)
+            reporter = Reporter(Console(file=text, width=120))
+            path = prepare(*parts, threads=threads, check_round_trip=self.check_round_trip, reporter=reporter)
         finally:
             self.printed = text.getvalue()
         return TokenShards.open(path.parent)

@@ -18,9 +18,10 @@ from brt_dist.data.errors import BadInput
 from brt_dist.parallel import process_groups
 from brt_dist.parallel.launcher import NAMES
 
-SUBCOMMANDS = ["prepare", "train", "evaluate", "verify", "bench"]
-# What is run: of `bench` its two kinds.
-COMMANDS = [*SUBCOMMANDS[:-1], "bench layers", "bench step"]
+SUBCOMMANDS = ["prepare", "train", "evaluate", "verify", "data", "bench"]
+# What is run: of `data` and `bench` their kinds.
+DATA = ["data check", "data show", "data import", "data export"]
+COMMANDS = [*SUBCOMMANDS[:-2], *DATA, "bench layers", "bench step"]
 
 
 @pytest.fixture(autouse=True)
@@ -115,9 +116,19 @@ def test_help_of_the_module_loads_nothing_slow():
 def test_prepare_hands_over_the_sections_of_preprocessing(config: Path, stand_in: Stand):
     prepare = stand_in("preprocessing.prepare.prepare")
     assert main(["prepare", str(config), "corpus.reader=jsonl", "splits.test=0.2"]) == 0
-    (corpus, documents, tokenizer, splits, shards), _ = prepare.calls[0]
+    (corpora, documents, tokenizer, splits, shards), options = prepare.calls[0]
+    corpus = corpora[""]
     assert (corpus.reader, corpus.path, splits.test, shards.dir) == ("jsonl", "books", 0.2, "shards/books")
     assert (documents.invalid_utf8, tokenizer.vocab_size) == ("fatal", 300)
+    assert (options["threads"], options["check_round_trip"], options["plot"]) == (1, False, False)
+    assert options["ranks"].size == 1
+
+
+def test_prepare_takes_its_options_anywhere(config: Path, stand_in: Stand):
+    prepare = stand_in("preprocessing.prepare.prepare")
+    assert main(["prepare", "--report", "--threads", "3", str(config), "--check-round-trip"]) == 0
+    _, options = prepare.calls[0]
+    assert (options["threads"], options["check_round_trip"], options["plot"]) == (3, True, True)
 
 
 LAUNCHER_ARGUMENTS = [

@@ -32,11 +32,12 @@ BELOW = {
 # The only files that may import a heavy dependency.
 DOORS = {
     "deepspeed": [f"brt_dist/train/{file}.py" for file in ("deepspeed_config", "pipeline", "sharded")],
-    "matplotlib": ["brt_dist/inference/plot.py"],
-    "megatron": ["brt_dist/parallel/tensor_layers.py"],
+    "fsspec": ["preprocessing/storage.py"],
+    "matplotlib": ["brt_dist/inference/plot.py", "preprocessing/lengths.py"],
+    "megatron": ["brt_dist/data/megatron_dataset.py", "brt_dist/parallel/tensor_layers.py"],
     "mpi4py": ["preprocessing/*"],
     "pyarrow": ["brt_dist/data/token_shards.py", "preprocessing/readers/*"],
-    "sentencepiece": ["brt_dist/data/tokenizer.py"],
+    "sentencepiece": ["brt_dist/data/tokenizer.py", "preprocessing/bench.py"],
     "transformers": [],
     "triton": [],
 }

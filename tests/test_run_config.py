@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -280,3 +281,87 @@ def test_an_override_without_a_section_names_where_its_key_stands(tmp_path: Path
 def test_seeds_and_learning_rates_have_limits(tmp_path: Path):
     for override in ("train.seed=99999999999999999999", "data.seed=-1", "optimizer.lr=1e38"):
         assert override.split("=")[0] in refusal(tmp_path, "", override)
+
+
+# --- weights of corpora ---
+
+
+CORPORA = "corpora:\n  books: {reader: pg19, path: pg19}\n  code: {path: repositories, group: top}\n"
+
+
+def test_corpora_have_names_and_the_keys_of_a_corpus(tmp_path: Path):
+    overrides = ["corpora.code.exclude=[test]", "corpora.mail={reader: jsonl, path: mail.jsonl}"]
+    corpora = load(tmp_path, CORPORA, *overrides).corpora_by_name()
+    assert {name: (corpus.reader, corpus.path) for name, corpus in corpora.items()} == {
+        "books": ("pg19", "pg19"),
+        "code": ("files", "repositories"),
+        "mail": ("jsonl", "mail.jsonl"),
+    }
+    assert (corpora["code"].group, corpora["code"].exclude) == ("top", ("test",))
+
+
+def test_a_single_corpus_has_no_name(tmp_path: Path):
+    corpora = load(tmp_path, "corpus: {path: books}\n").corpora_by_name()
+    assert [(name, corpus.path) for name, corpus in corpora.items()] == [("", "books")]
+
+
+def test_corpora_come_back_from_the_written_configuration(tmp_path: Path):
+    config = load(tmp_path, CORPORA)
+    assert load(tmp_path, yaml.safe_dump(config.as_dict())) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("corpora.code.redaer=files", "corpora.code has no key 'redaer'; did you mean 'reader'?"),
+        ("corpora.code.group=3", "corpora.code.group is 3; expected one of file, folder, top"),
+        ("corpora.code=files", 'corpora.code is "files"; expected keys under it: reader, path'),
+        ("corpora=[books]", "override 'corpora=[books]' is not of the form section.key=value"),
+        ("corpora.my books.path=x", "is no name of letters, digits, '_' and '-'"),
+    ],
+)
+def test_what_is_wrong_with_one_of_several_corpora_is_named(tmp_path: Path, override: str, said: str):
+    assert said in refusal(tmp_path, CORPORA, override)
+
+
+def test_a_corpus_and_corpora_or_a_corpus_without_a_path_are_refused(tmp_path: Path):
+    for text, said in (
+        (CORPORA + "corpus: {path: more}\n", "corpus.path is more, but there are corpora too (books, code)"),
+        (CORPORA + "  mail: {reader: jsonl}\n", "corpora.mail.path is not set"),
+        ("", "corpus.path is not set"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            load(tmp_path, text).corpora_by_name()
+
+
+def test_a_vocabulary_of_bytes_has_the_size_that_the_model_gets_too(tmp_path: Path):
+    config = load(tmp_path, "tokenizer: {kind: bytes}\n")
+    assert (config.model.vocab_size, config.tokenizer.vocab_size) == (260, 260)
+    assert "a vocabulary of bytes has 260" in refusal(tmp_path, "tokenizer: {kind: bytes, vocab_size: 300}\n")
+
+
+def test_weights_of_corpora_are_set_one_by_one_or_together(tmp_path: Path):
+    text = "data: {weights: {books: 1, code: 0.5}}\n"
+    assert load(tmp_path, text).data.weights == {"books": 1, "code": 0.5}
+    assert load(tmp_path, text, "data.weights.code=3").data.weights == {"books": 1, "code": 3}
+    assert load(tmp_path, "", "data.weights={books: 0.7, code: 0.3}").data.weights == {"books": 0.7, "code": 0.3}
+    assert load(tmp_path, "").data.weights == {}
+
+
+def test_weights_come_back_from_the_written_configuration(tmp_path: Path):
+    config = load(tmp_path, "data: {weights: {books: 1, code: 0.5}}\n")
+    assert load(tmp_path, yaml.safe_dump(config.as_dict())) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.weights.books=-1", "data.weights.books is -1"),
+        ("data.weights.books=0", "data.weights are all 0 (books)"),
+        ("data.weights.books=many", 'data.weights is {"books": "many"}; expected names, and for each a number'),
+        ("data.weights=[1, 2]", "data.weights is [1, 2]; expected names, and for each a number"),
+        ("data.weights.books=.inf", "expected names, and for each a number"),
+    ],
+)
+def test_weights_that_are_none_are_refused(tmp_path: Path, override: str, said: str):
+    assert said in refusal(tmp_path, "", override)

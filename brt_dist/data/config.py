@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -16,6 +17,8 @@ class DataConfig:
     seed: decides the order of the documents, in every epoch another one.
     verify: "full" checks the hash of every shard before it is read, "size" its length alone.
     align: documents start at the next block ("block") or, as in the paper, at the next segment ("segment").
+    weights: what share of the tokens read each corpus is to have, by its name; their sum need not be 1, and 0 leaves a
+        corpus out. Empty: all documents of all corpora in one shuffled order.
     """
 
     shards: str = ""
@@ -24,6 +27,7 @@ class DataConfig:
     seed: int = 0
     verify: Literal["full", "size"] = "full"
     align: Literal["block", "segment"] = "block"
+    weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("segment", "lanes"):
@@ -34,3 +38,8 @@ class DataConfig:
         for name, choices in (("verify", ("full", "size")), ("align", ("block", "segment"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"data.{name} is {getattr(self, name)!r}; it must be {' or '.join(choices)}")
+        for corpus, weight in self.weights.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"data.weights.{corpus} is {weight}; it must be a number, and at least 0")
+        if self.weights and not any(self.weights.values()):
+            raise ValueError(f"data.weights are all 0 ({', '.join(self.weights)}); one must be above 0")

@@ -1,8 +1,9 @@
 """The lane plan: which piece of which document each lane reads at each position.
 
 A document of n tokens is read as n + 1 positions (inputs EOS + tokens, targets tokens + EOS). It takes whole units,
-a unit being a block or a segment, and goes to the lane that is free first. The plan is a pure function of its
-arguments: it holds no reader state, and ranks that share the lanes read parts of the same plan.
+a unit being a block or a segment, and goes to the lane that is free first. One shuffled order decides what comes next,
+or a mixture of corpora (`mixture.py`). The plan is a pure function of its arguments: it holds no reader state, and
+ranks that share the lanes read parts of the same plan.
 
 Dimension key
   D  documents in a stretch     P  pieces in a step     L  lanes
@@ -23,6 +24,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from brt_dist.data.errors import BadInput
+from brt_dist.data.mixture import MixedDraw, Mixture, mean_speed
+from brt_dist.data.shuffle import shuffled
 
 Align = Literal["block", "segment"]
 Order = Literal["seeded", "longest"]
@@ -89,18 +92,10 @@ class _Stretch:
     first_L: np.ndarray  # where each lane begins in the arrays above
 
     @classmethod
-    def laid_out(cls, document_D: np.ndarray, units_D: np.ndarray, heap: list[int], lanes: int) -> _Stretch:
-        """Gives the documents, in order, each to the lane that is free first; of several, to the lowest.
-
-        heap holds free_unit * lanes + lane for every lane, smallest first, and is left as the documents leave it.
-        """
-        low = heap[0] // lanes
-        strides = (units_D * lanes).tolist()
-        taken = (heapreplace(heap, heap[0] + stride) for stride in strides)
-        slot_D = np.fromiter(taken, dtype=np.int64, count=len(strides))
-        high = max(heap) // lanes
+    def laid_out(cls, document_D: np.ndarray, slot_D: np.ndarray, low: int, high: int, lanes: int) -> _Stretch:
+        """slot_D: where each document begins, as start * lanes + lane; it never falls."""
         lane_D, start_D = slot_D % lanes, slot_D // lanes
-        # The heap's smallest entry never falls, so a stable sort by lane leaves every lane sorted by time.
+        # The starts never fall, so a stable sort by lane leaves every lane sorted by time.
         by_lane_D = np.argsort(lane_D.astype(np.uint16) if lanes <= 1 << 16 else lane_D, kind="stable")
         span = high - low + 1
         key_D = (lane_D * span + (start_D - low))[by_lane_D]
@@ -137,14 +132,18 @@ class LanePlan:
         align: Align,
         epochs: int | None,
         order: Order,
+        mixture: Mixture | None,
     ) -> None:
         self.lengths = lengths
         self.lanes, self.segment, self.window = lanes, segment, window
         self.seed, self.epoch, self.epochs = seed, epoch, epochs
-        self.align, self.order = align, order
+        self.align, self.order, self.mixture = align, order, mixture
         self._unit = window if align == "block" else segment
-        self._coming = iter(count(epoch)) if epochs is None else iter(range(epoch, epoch + epochs))
-        self._unread = np.empty(0, dtype=np.int64)
+        self._draw: _OrderedDraw | MixedDraw
+        if mixture is None:
+            self._draw = _OrderedDraw(lengths, lanes, self._unit, order, seed, epoch, epochs)
+        else:
+            self._draw = MixedDraw(lengths, mixture, lanes, self._unit, seed, epoch)
         self._heap = list(range(lanes))
         self._stretches: list[_Stretch] = []
         self._complete = False
@@ -166,7 +165,20 @@ class LanePlan:
         settings = (self.lanes, self.segment, self.window, self.seed, self.epoch, self.epochs, self.align, self.order)
         digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
         digest.update(self.lengths.astype("<i8").tobytes())
+        if self.mixture is not None:
+            digest.update(json.dumps(self.mixture.weights).encode())
+            digest.update(self.mixture.corpus_of.astype("<i8").tobytes())
         return digest.hexdigest()
+
+    @cached_property
+    def padding(self) -> float:
+        """The share of positions at which nothing is predicted: exact over an epoch, expected for a mixture.
+
+        Nothing else is lost, but for the idle lanes at the end of a finite plan.
+        """
+        if self.mixture is not None:
+            return self.mixture.expected_padding(self.lengths, self._unit)
+        return 1 - mean_speed(self.lengths, self._unit) / self._unit
 
     def at(self, position: int) -> Step:
         """What every lane reads at a position; the same whatever was asked before.
@@ -200,22 +212,46 @@ class LanePlan:
 
     def _extend(self) -> None:
         """Lays out one more stretch; the caller holds the lock."""
-        document_D = self._take(min(LARGEST_STRETCH, FIRST_STRETCH << min(len(self._stretches), 32)))
+        wanted = min(LARGEST_STRETCH, FIRST_STRETCH << min(len(self._stretches), 32))
+        low = self._heap[0] // self.lanes
+        document_D, slot_D = self._draw.draw(self._heap, wanted)
         if not document_D.size:
             self._complete = True
             return
-        units_D = self.lengths[document_D] // self._unit + 1
-        self._stretches.append(_Stretch.laid_out(document_D, units_D, self._heap, self.lanes))
+        high = max(self._heap) // self.lanes
+        self._stretches.append(_Stretch.laid_out(document_D, slot_D, low, high, self.lanes))
+
+
+class _OrderedDraw:
+    """Lays all documents out in one order an epoch, each in the lane that is free first; of several, the lowest."""
+
+    def __init__(
+        self, lengths: np.ndarray, lanes: int, unit: int, order: Order, seed: int, epoch: int, epochs: int | None
+    ) -> None:
+        self._lengths, self._lanes, self._unit = lengths, lanes, unit
+        self._order, self._seed = order, seed
+        self._coming = iter(count(epoch)) if epochs is None else iter(range(epoch, epoch + epochs))
+        self._unread = np.empty(0, dtype=np.int64)
+
+    def draw(self, heap: list[int], wanted: int) -> tuple[np.ndarray, np.ndarray]:
+        """The next documents, fewer than `wanted` only where a finite plan ends, and where each begins.
+
+        heap holds free_unit * lanes + lane for every lane, smallest first, and is left as the documents leave it;
+        a document begins at an entry of it.
+        """
+        document_D = self._take(wanted)
+        strides = ((self._lengths[document_D] // self._unit + 1) * self._lanes).tolist()
+        taken = (heapreplace(heap, heap[0] + stride) for stride in strides)
+        return document_D, np.fromiter(taken, dtype=np.int64, count=len(strides))
 
     def _take(self, wanted: int) -> np.ndarray:
-        """The next documents in order, fewer only where a finite plan ends."""
         parts: list[np.ndarray] = [self._unread[:0]]
         while wanted > 0:
             if not self._unread.size:
                 epoch = next(self._coming, None)
                 if epoch is None:
                     break
-                self._unread = document_order(self.lengths, self.order, self.seed, epoch)
+                self._unread = document_order(self._lengths, self._order, self._seed, epoch)
             parts.append(self._unread[:wanted])
             self._unread = self._unread[wanted:]
             wanted -= len(parts[-1])
@@ -232,12 +268,15 @@ def plan_lanes(
     align: Align = "block",
     epochs: int | None = None,
     order: Order = "seeded",
+    mixture: Mixture | None = None,
 ) -> LanePlan:
     """Plans what `lanes` lanes read of documents of `lengths` tokens (EOS not counted), `segment` tokens at a time.
 
     epoch: the first epoch. epochs: None goes on for ever, a free lane into the next epoch; a number ends behind as
     many, and lanes that are done stay idle. order: "seeded" shuffles every epoch differently, by seed and epoch;
-    "longest" takes long documents first, which ends a single pass soonest.
+    "longest" takes long documents first, which ends a single pass soonest. mixture: which corpus each document is of,
+    and the share of all tokens read that each corpus is to have; such a plan goes on for ever, every corpus shuffled
+    by itself and in epochs of its own.
     Raises BadInput where nothing can be planned.
     """
     lengths_D = np.array(lengths, dtype=np.int64)
@@ -255,28 +294,19 @@ def plan_lanes(
         raise BadInput(f"order is {order!r}; it must be seeded or longest")
     if epoch < 0 or (epochs is not None and epochs < 1):
         raise BadInput(f"epoch {epoch} must not be negative, and epochs {epochs} must be at least 1")
+    if mixture is not None:
+        if epochs is not None or order != "seeded":
+            raise BadInput(
+                f"a mixture of corpora goes on for ever, in seeded order: epochs {epochs}, order {order} do not fit it"
+            )
+        mixture.check(lengths_D.size)
     lengths_D.flags.writeable = False
-    return LanePlan(lengths_D, lanes, segment, window, seed, epoch, align, epochs, order)
+    return LanePlan(lengths_D, lanes, segment, window, seed, epoch, align, epochs, order, mixture)
 
 
 def document_order(lengths_D: np.ndarray, order: Order, seed: int, epoch: int) -> np.ndarray:
-    """The documents of one epoch in reading order.
-
-    The seeded order sorts by a hash made of integer arithmetic alone, because a random generator's permutations may
-    change between versions of its library, and a resumed run would then read another stream.
-    """
+    """The documents of one epoch in reading order."""
     if order == "longest":
         order_D = np.argsort(-lengths_D, kind="stable")
-    else:
-        stream = _mixed(_mixed(np.array([seed % 2**64], dtype=np.uint64)) + np.uint64(epoch))
-        index_D = np.arange(1, len(lengths_D) + 1, dtype=np.uint64)
-        # Mixing is one to one, so no two documents tie and every sorting method gives the same order.
-        order_D = np.argsort(_mixed(stream + index_D * np.uint64(0x9E3779B97F4A7C15)))
-    return order_D.astype(np.int32) if len(lengths_D) <= 2**31 else order_D
-
-
-def _mixed(value: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64 (Steele, Lea and Flood, 2014): a bijection of 64-bit integers."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+        return order_D.astype(np.int32) if len(lengths_D) <= 2**31 else order_D
+    return shuffled(len(lengths_D), seed, epoch)

@@ -11,13 +11,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from brt_dist.data.lanes import LanePlan, Piece
+from brt_dist.data.lanes import LanePlan, Piece, Step
 
 IGNORED_TARGET = -100
 
@@ -46,43 +47,60 @@ class Batch:
     starts_BC: Tensor
     predicted: int
     position: int
-    pieces: tuple[tuple[Piece, ...], ...]
+    step: Step | None = None  # what all lanes read; None where tokens come from no documents
+    lanes: range = range(0)
+
+    @cached_property
+    def pieces(self) -> tuple[tuple[Piece, ...], ...]:
+        """The pieces of every lane of the batch."""
+        return self.step.of(self.lanes) if self.step is not None else ()
 
 
 def read_batch(documents: TokenSource, plan: LanePlan, eos: int, position: int, lanes: range) -> Batch:
-    """Reads what `lanes` (global numbers) show at `position`.
+    """Reads what `lanes` (global numbers, without gaps) show at `position`.
 
     A document's inputs are EOS and its tokens, its targets its tokens and EOS. Padding has input EOS and target -100.
     """
     step = plan.at(position)
-    pieces = step.of(lanes)
-    tokens_BL = np.full((len(lanes), plan.segment), eos, dtype=np.int64)
-    targets_BL = np.full((len(lanes), plan.segment), IGNORED_TARGET, dtype=np.int64)
+    part = slice(*np.searchsorted(step.lane_P, [lanes.start, lanes.stop]).tolist())
+    row_P, column_P, count_P = step.lane_P[part] - lanes.start, step.column_P[part], step.count_P[part]
+    begins_P = step.offset_P[part] == 0
+    # The token in front of a piece is its first input; in front of a document that is EOS.
+    first_P = np.maximum(step.offset_P[part] - 1, 0)
+    # A token is the target of one position and the input of the next; EOS stands wherever no document does.
+    shown_BL = np.full((len(lanes), plan.segment + 1), eos, dtype=np.int32)
+    _copy_tokens(
+        documents,
+        (step.document_P[part], first_P, count_P + ~begins_P, row_P * (plan.segment + 1) + column_P + begins_P),
+        shown_BL.reshape(-1),
+    )
+    tokens_BL, targets_BL = shown_BL[:, :-1].astype(np.int64), shown_BL[:, 1:].astype(np.int64)
+    # A plan may end a document before its last token, which then stands behind its last input.
+    tokens_BL[row_P[begins_P], column_P[begins_P]] = eos
+    place_P = row_P * plan.segment + column_P
+    behind = np.concatenate([[0], place_P + count_P])
+    _pad(tokens_BL, targets_BL, eos, behind, np.concatenate([place_P, [tokens_BL.size]]))
     starts_BC = np.zeros((len(lanes), plan.segment // plan.window), dtype=np.bool_)
-    for tokens_L, targets_L, starts_C, lane_pieces in zip(tokens_BL, targets_BL, starts_BC, pieces, strict=True):
-        for piece in lane_pieces:
-            end = piece.column + piece.count
-            _read_piece(documents, eos, piece, tokens_L[piece.column : end], targets_L[piece.column : end])
-            if piece.offset == 0:
-                starts_C[piece.column // plan.window] = True
+    starts_BC[row_P[begins_P], column_P[begins_P] // plan.window] = True
     tensors = [torch.from_numpy(array) for array in (tokens_BL, targets_BL, starts_BC)]
-    return Batch(tensors[0], tensors[1], tensors[2], step.predicted, position, pieces)
+    return Batch(tensors[0], tensors[1], tensors[2], step.predicted, position, step, lanes)
 
 
-def _read_piece(documents: TokenSource, eos: int, piece: Piece, inputs: np.ndarray, targets: np.ndarray) -> None:
-    """Fills views of `piece.count` inputs and targets; position p has input token p - 1 and target token p."""
-    first, last = piece.offset, piece.offset + piece.count
-    before = max(first - 1, 0)
-    behind = min(last, int(documents.lengths[piece.document]))
-    read = documents.tokens(piece.document, before, behind - before)
-    if first == 0:
-        inputs[0] = eos
-        inputs[1:] = read[: piece.count - 1]
-    else:
-        inputs[:] = read[: piece.count]
-    seen = read[first - before :]
-    targets[: len(seen)] = seen
-    targets[len(seen) :] = eos
+def _copy_tokens(documents: TokenSource, pieces: tuple[np.ndarray, ...], shown: np.ndarray) -> None:
+    """Copies pieces, given as arrays of document, first token, most tokens, and place in `shown`."""
+    # Plain numbers, and no object for each piece: a batch has thousands, and Python's collector would go through them.
+    for document, first, count, place in zip(*(array.tolist() for array in pieces), strict=True):
+        read = documents.tokens(document, first, count)
+        shown[place : place + len(read)] = read
+
+
+def _pad(tokens_BL: np.ndarray, targets_BL: np.ndarray, eos: int, first: np.ndarray, last: np.ndarray) -> None:
+    """Nothing is predicted from each place of `first` to that of `last`, the lanes laid end to end."""
+    tokens, targets = tokens_BL.reshape(-1), targets_BL.reshape(-1)
+    gaps = first < last
+    for begin, end in zip(first[gaps].tolist(), last[gaps].tolist(), strict=True):
+        tokens[begin:end] = eos
+        targets[begin:end] = IGNORED_TARGET
 
 
 class _End:

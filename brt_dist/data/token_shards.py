@@ -5,7 +5,7 @@ A shard is an uncompressed Arrow IPC file, read through a memory map, with a row
   id      string                 unique over the corpus
   source  string                 the file, and where in it, that the document came from
   split   string                 train, validation or test
-  bytes   int64                  UTF-8 bytes of the text
+  bytes   int64                  UTF-8 bytes of the text; it and words are 0 where only tokens are known
   words   int64                  len(text.split())
   tokens  large_list<uint16>     or uint32, where the vocabulary has more than 65536 entries; without EOS
 """
@@ -23,16 +23,38 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from brt_dist.data.atomic_file import whole_file, write_json
+from brt_dist.data.documents import Documents
 from brt_dist.data.errors import BadInput
+from brt_dist.data.manifest import FORMAT, LEDGER, MANIFEST, file_advice, listed_files, manifest_hash, read_manifest
 
-MANIFEST = "manifest.json"
-# What `brt prepare` keeps beside the manifest; with it a lost or altered file is written again.
-LEDGER = "units.jsonl"
-FORMAT = 1
+__all__ = [
+    "FORMAT",
+    "LEDGER",
+    "MANIFEST",
+    "PIECE_BYTES",
+    "SPLITS",
+    "Documents",
+    "ShardBatch",
+    "ShardEntry",
+    "ShardRow",
+    "TokenShards",
+    "file_hash",
+    "file_hashes",
+    "manifest_hash",
+    "map_shard",
+    "open_documents",
+    "read_manifest",
+    "token_type",
+    "write_shard",
+    "writing",
+]
+
 SPLITS = ("train", "validation", "test")
+PIECE_BYTES = 1 << 22
 
 # Rows are written in batches of about this many tokens, so that a unit of work need not fit into memory as tokens.
 _BATCH_TOKENS = 1 << 23
@@ -52,13 +74,19 @@ class ShardRow:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the manifest says of one shard; `hash` is the xxh3_128 of the file in hexadecimal, `size` its bytes."""
+    """What the manifest says of one shard, whose documents are all of one corpus.
+
+    `hash` is the xxh3_128 of the file in hexadecimal, `size` its bytes, `pieces` the xxh3_64 of every stretch of
+    `PIECE_BYTES`: where a file was altered, they tell which of its bytes.
+    """
 
     file: str
     hash: str
     size: int
     documents: int
     tokens: int
+    corpus: str = ""
+    pieces: tuple[str, ...] = ()
 
 
 def token_type(vocab_size: int) -> np.dtype:
@@ -68,26 +96,27 @@ def token_type(vocab_size: int) -> np.dtype:
 
 def file_hash(path: Path) -> str:
     """xxh3_128 of a file's bytes, in hexadecimal."""
+    return file_hashes(path)[0]
+
+
+def file_hashes(path: Path) -> tuple[str, tuple[str, ...]]:
+    """xxh3_128 of a file's bytes and xxh3_64 of each of its stretches of `PIECE_BYTES`, in hexadecimal."""
     digest = xxhash.xxh3_128()
+    pieces = []
     with path.open("rb") as file:
-        while piece := file.read(1 << 24):
+        while piece := file.read(PIECE_BYTES):
             digest.update(piece)
-    return digest.hexdigest()
+            pieces.append(xxhash.xxh3_64_hexdigest(piece))
+    return digest.hexdigest(), tuple(pieces)
 
 
-def write_shard(path: Path, rows: Iterable[ShardRow], vocab_size: int) -> ShardEntry:
+def write_shard(path: Path, rows: Iterable[ShardRow], vocab_size: int, corpus: str = "") -> ShardEntry:
     """Write `rows` to the shard `path`, whole or not at all; the same rows give the same bytes.
 
     BadInput names the shard if it cannot be written, as on a full disk.
     """
     dtype = token_type(vocab_size)
-    schema = pa.schema(
-        [
-            *((name, pa.string()) for name in ("id", "source", "split")),
-            *((name, pa.int64()) for name in ("bytes", "words")),
-            ("tokens", pa.large_list(pa.from_numpy_dtype(dtype))),
-        ]
-    )
+    schema = _schema(dtype)
     documents = tokens = 0
     with writing(path), whole_file(path) as temporary:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -95,8 +124,18 @@ def write_shard(path: Path, rows: Iterable[ShardRow], vocab_size: int) -> ShardE
                 documents += len(batch)
                 tokens += sum(len(row.tokens) for row in batch)
                 writer.write_batch(_record_batch(batch, schema, dtype))
-        digest, size = file_hash(temporary), temporary.stat().st_size
-    return ShardEntry(path.name, digest, size, documents, tokens)
+        (digest, pieces), size = file_hashes(temporary), temporary.stat().st_size
+    return ShardEntry(path.name, digest, size, documents, tokens, corpus, pieces)
+
+
+def _schema(dtype: np.dtype) -> pa.Schema:
+    return pa.schema(
+        [
+            *((name, pa.string()) for name in ("id", "source", "split")),
+            *((name, pa.int64()) for name in ("bytes", "words")),
+            ("tokens", pa.large_list(pa.from_numpy_dtype(dtype))),
+        ]
+    )
 
 
 @contextlib.contextmanager
@@ -132,165 +171,73 @@ def _record_batch(batch: list[ShardRow], schema: pa.Schema, dtype: np.dtype) -> 
     return pa.record_batch(columns, schema=schema)
 
 
-def manifest_hash(manifest: dict[str, Any]) -> str:
-    """xxh3_128, in hexadecimal, of all that a manifest says but its own key "hash"."""
-    rest = {key: value for key, value in manifest.items() if key != "hash"}
-    return xxhash.xxh3_128(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a shard folder; BadInput if there is none, or none of ours, or one that was altered."""
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"no finished shards in {folder}: {path} does not exist (`brt prepare` writes it)") from None
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path} cannot be read as a manifest: {error} ({_manifest_advice(folder)})") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise BadInput(f"{path} is not a manifest of format {FORMAT}: found {found!r} ({_manifest_advice(folder)})")
-    if "hash" not in manifest:
-        raise BadInput(f"{path} is not a whole manifest: it has no 'hash' ({_manifest_advice(folder)})")
-    if (found := manifest_hash(manifest)) != manifest["hash"]:
-        advice = _manifest_advice(folder)
-        raise BadInput(f"{path} was altered: its hash is {found} and should be {manifest['hash']} ({advice})")
-    if wrong := _wrong_entry(manifest):
-        raise BadInput(f"{path} is not a whole manifest: {wrong} ({_manifest_advice(folder)})")
-    return manifest
-
-
-def _wrong_entry(manifest: dict[str, Any]) -> str | None:
-    """What is missing from a manifest, or has a wrong type, among the entries that this module reads."""
-    tokenizer, shards = manifest.get("tokenizer"), manifest.get("shards")
-    if not isinstance(tokenizer, dict):
-        return f"'tokenizer' must be an object, found {tokenizer!r}"
-    if not isinstance(shards, list) or not all(isinstance(entry, dict) for entry in shards):
-        return "'shards' must be a list of objects"
-    wanted: list[tuple[str, dict[str, Any], str, type]] = [
-        *(("", manifest, key, int) for key in ("vocab_size", "documents")),
-        *(("tokenizer.", tokenizer, key, kind) for key, kind in (("file", str), ("hash", str), ("eos", int))),
-    ]
-    for number, entry in enumerate(shards):
-        place = f"shards[{number}]."
-        wanted += [(place, entry, key, kind) for key, kind in (("file", str), ("hash", str), ("size", int))]
-    for place, entry, key, kind in wanted:
-        value = entry.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            name = "a whole number" if kind is int else "text"
-            return f"'{place}{key}' must be {name}, found {value!r}"
-    if not 0 <= tokenizer["eos"] < manifest["vocab_size"]:
-        return f"'tokenizer.eos' is {tokenizer['eos']}, outside a vocabulary of {manifest['vocab_size']}"
-    return None
-
-
-def _manifest_advice(folder: Path) -> str:
-    if (folder / LEDGER).exists():
-        return "remove it and run `brt prepare` again, which writes it from the finished shards"
-    return f"remove the folder {folder} and run `brt prepare` again"
-
-
-def _file_advice(folder: Path) -> str:
-    if (folder / LEDGER).exists():
-        return "`brt prepare` writes it again"
-    return f"remove the folder {folder} and run `brt prepare` again"
-
-
 @dataclass(frozen=True, eq=False)
-class _Batch:
-    """One record batch under the memory map: its table columns, and where each document's tokens lie in `values`."""
+class ShardBatch:
+    """One record batch under the memory map: its table columns, and where each document's tokens lie in `values`.
+
+    `first_byte` says where in the file `values` begins; `corpus` is that of all its documents.
+    """
 
     columns: pa.RecordBatch
     values: np.ndarray
     offsets: np.ndarray
-
-
-class Documents:
-    """Some of the documents of a shard folder, in the order of the shards."""
-
-    def __init__(self, batches: list[_Batch], batch_of: np.ndarray, row_of: np.ndarray):
-        """Document i is row `row_of[i]` of `batches[batch_of[i]]`."""
-        self._batches = batches
-        self._batch_of = batch_of
-        self._row_of = row_of
+    first_byte: int
+    corpus: str
 
     def __len__(self) -> int:
-        return len(self._row_of)
+        return int(self.columns.num_rows)
 
-    @cached_property
-    def ids(self) -> list[str]:
-        return self._strings("id")
+    def numbers(self, name: str) -> np.ndarray:
+        """A column of int64."""
+        return self.columns.column(name).to_numpy()
 
-    @cached_property
-    def sources(self) -> list[str]:
-        return self._strings("source")
+    def strings(self, name: str, rows: slice | np.ndarray) -> list[str]:
+        """Some rows of a column of text."""
+        column = self.columns.column(name)
+        return (column[rows] if isinstance(rows, slice) else column.take(pa.array(rows))).to_pylist()
 
-    @cached_property
-    def splits(self) -> list[str]:
-        return self._strings("split")
+    def rows_where(self, name: str, value: str) -> np.ndarray:
+        """The rows whose column `name` is `value`, in order; int64."""
+        return np.flatnonzero(pc.equal(self.columns.column(name), value).to_numpy(zero_copy_only=False))
 
-    @cached_property
-    def bytes(self) -> np.ndarray:
-        """UTF-8 bytes of each document's text, int64."""
-        return self._gather([batch.columns.column("bytes").to_numpy() for batch in self._batches])
+    def first_ids(self, count: int, beginning: str = "", part: str = "") -> list[str]:
+        """The first `count` ids that begin with one text and contain another."""
+        ids = self.columns.column("id")
+        if beginning:
+            ids = ids.filter(pc.starts_with(ids, beginning))
+        if part:
+            ids = ids.filter(pc.match_substring(ids, part, ignore_case=True))
+        return ids[:count].to_pylist()
 
-    @cached_property
-    def words(self) -> np.ndarray:
-        """Words of each document, int64."""
-        return self._gather([batch.columns.column("words").to_numpy() for batch in self._batches])
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each document, without EOS, int64."""
-        return self._gather([np.diff(batch.offsets) for batch in self._batches])
-
-    def tokens(self, index: int, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Tokens first .. first + count (to the end by default) of document `index`: a read-only view of the file."""
-        batch = self._batches[self._batch_of[index]]
-        row = self._row_of[index]
-        start, stop = int(batch.offsets[row]), int(batch.offsets[row + 1])
-        if first < 0 or (count is not None and count < 0):
-            raise ValueError(f"tokens of document {index}: first {first} and count {count} must not be negative")
-        if count is not None:
-            stop = min(stop, start + first + count)
-        return batch.values[start + first : max(stop, start + first)]
-
-    def _gather(self, columns: list[np.ndarray]) -> np.ndarray:
-        if not columns:
-            return np.zeros(0, np.int64)
-        first_of = np.cumsum([0, *(len(column) for column in columns)])[:-1]
-        return np.concatenate(columns)[first_of[self._batch_of] + self._row_of]
-
-    def _strings(self, name: str) -> list[str]:
-        found: list[str] = []
-        for number, batch in enumerate(self._batches):
-            rows = self._row_of[self._batch_of == number]
-            found += batch.columns.column(name).take(pa.array(rows)).to_pylist()
-        return found
+    def damage(self) -> str | None:
+        """What does not hold together inside, in pyarrow's words; None in a sound batch."""
+        if any(column.null_count for column in self.columns.columns):
+            return "a value is missing"
+        try:
+            self.columns.validate(full=True)
+        except pa.ArrowInvalid as error:
+            return str(error)
+        return None
 
 
 def open_documents(paths: Iterable[Path]) -> Documents:
     """All documents of some shards, listed in a manifest or not; BadInput names a shard that cannot be read."""
-    return _documents([batch for path in paths for batch in _map_shard(path)], "all")
+    return _documents([batch for path in paths for batch in map_shard(path)], "all")
 
 
-def _documents(batches: list[_Batch], split: str) -> Documents:
+def _documents(batches: list[ShardBatch], split: str) -> Documents:
     chosen = [
-        np.arange(len(batch.columns), dtype=np.int64)
-        if split == "all"
-        else np.flatnonzero(np.array(batch.columns.column("split").to_pylist()) == split)
+        np.arange(len(batch), dtype=np.int64) if split == "all" else batch.rows_where("split", split)
         for batch in batches
     ]
-    batch_of = np.repeat(np.arange(len(chosen), dtype=np.int64), [len(rows) for rows in chosen])
+    batch_of = np.repeat(np.arange(len(chosen), dtype=np.int32), [len(rows) for rows in chosen])
     return Documents(batches, batch_of, np.concatenate([np.zeros(0, np.int64), *chosen]))
 
 
 class TokenShards:
     """A finished shard folder, checked against its manifest."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], batches: list[_Batch]):
+    def __init__(self, folder: Path, manifest: dict[str, Any], batches: list[ShardBatch]):
         self.folder = folder
         self.manifest = manifest
         self._batches = batches
@@ -312,8 +259,12 @@ class TokenShards:
         manifest = read_manifest(folder)
         if verify != "none":
             _verify(folder, manifest, hashes=verify == "full", memory=memory)
-        batches = [batch for entry in manifest["shards"] for batch in _map_shard(folder / entry["file"])]
-        rows = sum(len(batch.columns) for batch in batches)
+        batches = [
+            batch
+            for entry in manifest["shards"]
+            for batch in map_shard(folder / entry["file"], entry.get("corpus", ""))
+        ]
+        rows = sum(len(batch) for batch in batches)
         if rows != manifest["documents"]:
             raise BadInput(f"{folder / MANIFEST} counts {manifest['documents']} documents, its shards hold {rows}")
         return cls(folder, manifest, batches)
@@ -329,7 +280,11 @@ class TokenShards:
 
     @property
     def tokenizer_path(self) -> Path:
-        return self.folder / self.manifest["tokenizer"]["file"]
+        """Where the tokenizer lies; BadInput where the shards were imported without one."""
+        file = self.manifest["tokenizer"]["file"]
+        if file is None:
+            raise BadInput(f"the shards in {self.folder} were imported without a tokenizer: there are only token ids")
+        return self.folder / file
 
     @cached_property
     def hash(self) -> str:
@@ -344,41 +299,49 @@ class TokenShards:
         return _documents(self._batches, name)
 
 
-def _map_shard(path: Path) -> list[_Batch]:
+def map_shard(path: Path, corpus: str = "") -> list[ShardBatch]:
+    """The batches of a shard under a memory map; BadInput names a shard that is missing or is none."""
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        file = pa.memory_map(str(path))
+        reader = pa.ipc.open_file(file)
         batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
     except FileNotFoundError:
         raise BadInput(f"shard {path} is missing") from None
     except (OSError, pa.ArrowInvalid) as error:
         raise BadInput(f"shard {path} cannot be read: {error}") from None
+    if reader.schema not in [_schema(np.dtype(width)) for width in (np.uint16, np.uint32)]:
+        raise BadInput(f"shard {path} cannot be read: its columns are {', '.join(map(str, reader.schema))}")
+    file.seek(0)
+    begins = file.read_buffer().address
     mapped = []
     for batch in batches:
         tokens = batch.column("tokens")
-        mapped.append(_Batch(batch, tokens.values.to_numpy(), tokens.offsets.to_numpy()))
+        values = tokens.values.to_numpy()
+        mapped.append(ShardBatch(batch, values, tokens.offsets.to_numpy(), values.ctypes.data - begins, corpus))
     return mapped
 
 
 def _verify(folder: Path, manifest: dict[str, Any], hashes: bool, memory: Path | None) -> None:
     known = _remembered(memory)
     fresh = dict(known)
-    for entry in [manifest["tokenizer"], *manifest["shards"]]:
+    advice = file_advice(folder, manifest)
+    for entry in listed_files(manifest):
         path = folder / entry["file"]
         try:
             stat = path.stat()
         except OSError:
-            raise BadInput(f"{path} is missing, and {folder / MANIFEST} lists it ({_file_advice(folder)})") from None
+            raise BadInput(f"{path} is missing, and {folder / MANIFEST} lists it ({advice})") from None
         if "size" in entry and stat.st_size != entry["size"]:
             kind = "truncated" if stat.st_size < entry["size"] else "not the file that was written"
             sizes = f"expected {entry['size']} bytes, found {stat.st_size}"
-            raise BadInput(f"{path} is {kind}: {sizes} ({_file_advice(folder)})")
+            raise BadInput(f"{path} is {kind}: {sizes} ({advice})")
         seen = [entry["hash"], stat.st_size, stat.st_mtime_ns]
         if not hashes or known.get(str(path.resolve())) == seen:
             continue
         found = file_hash(path)
         if found != entry["hash"]:
             hashes_differ = f"expected hash {entry['hash']}, found {found}"
-            raise BadInput(f"{path} was altered: {hashes_differ} ({_file_advice(folder)})")
+            raise BadInput(f"{path} was altered: {hashes_differ} ({advice})")
         fresh[str(path.resolve())] = seen
     if memory is not None and fresh != known:
         # Only a convenience: a folder that cannot be written to costs the next opening its speed and nothing else.

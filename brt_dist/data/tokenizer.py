@@ -3,16 +3,19 @@
 sentencepiece writes a space as U+2581 inside, so a U+2581 of the text would come back as a space. Here the text is cut
 at that character, and the ids of its three UTF-8 bytes are put between the parts: every sentencepiece decoder turns
 those bytes back into U+2581, so the tokens need no decoder of ours.
+
+A vocabulary of bytes is a sentencepiece model too, one with nothing but byte pieces; its tokens are computed directly.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import sentencepiece
@@ -20,7 +23,13 @@ import xxhash
 
 from brt_dist.data.errors import BadInput
 
+Item = TypeVar("Item")
+
 SPACE_MARK = "\u2581"
+# The special ids of the tokenizers made here: in a trained one unknown and end of document; in a vocabulary of bytes
+# those of the paper's (T5's order, byte b has id b + 3, one id behind the bytes is unused).
+TRAINED_UNK, TRAINED_EOS = 0, 1
+BYTES_PAD, BYTES_EOS, BYTES_UNK, BYTES_FIRST, BYTES_SIZE = 0, 1, 2, 3, 260
 
 # Threads change nothing about the pieces, but their number is recorded in the model file: fixed, so that the same
 # sample gives the same file on every machine.
@@ -28,7 +37,12 @@ _TRAINING_THREADS = 8
 # Longer blocks are left out by the trainer; bytes.
 _LONGEST_BLOCK = 20_000
 # Small pieces of text encode fastest (a priority queue per piece), and there are enough of them for all threads.
-_CHUNK = 4096
+_CHUNK = 512
+# sentencepiece needs about fifty bytes for each character of a piece: longer lines are cut, and there alone tokens may
+# differ from those of the whole.
+_LONGEST_LINE = 1 << 22
+# Characters handed over in one call, so that the tokens of a long document come in bounded portions.
+_TOGETHER = 1 << 20
 
 # What tokenizers lose: white space, control characters, compatibility forms, bytes that look like pieces, the mark.
 HARD_TEXTS = (
@@ -84,29 +98,40 @@ class Tokenizer:
 
     def encode_all(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         """The tokens of each text, without EOS, int32; the same whatever the number of threads."""
-        pieces: list[str] = []
-        # For each text, numbers of `pieces` in order; -1 stands for one U+2581.
-        plans: list[list[int]] = []
-        for text in texts:
-            plan: list[int] = []
-            for piece in self._cut(text):
-                if piece != SPACE_MARK:
-                    plan.append(len(pieces))
-                    pieces.append(piece)
-                else:
-                    plan.append(-1)
-            plans.append(plan)
-        encoded = self._processor.encode(pieces, num_threads=threads) if pieces else []
-        mark = self._mark_ids or []
-        return [_joined([mark if number < 0 else encoded[number] for number in plan]) for plan in plans]
+        if self._first_byte is not None:
+            return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + self._first_byte for text in texts]
+        cuts = [list(self._cut(text)) for text in texts]
+        encoded = self._encode_pieces((piece for cut in cuts for piece in cut), threads)
+        return [np.concatenate([np.zeros(0, np.int32), *islice(encoded, len(cut))]) for cut in cuts]
+
+    def _encode_pieces(self, pieces: Iterable[str], threads: int) -> Iterator[np.ndarray]:
+        """The tokens of each piece; U+2581 alone stands for its three bytes."""
+        mark = np.array(self._mark_ids or [], np.int32)
+        for portion in portions(pieces, len, _TOGETHER):
+            plain = [piece for piece in portion if piece != SPACE_MARK]
+            encoded = iter(self._processor.encode(plain, num_threads=threads, return_type="numpy") if plain else ())
+            yield from (mark if piece == SPACE_MARK else next(encoded) for piece in portion)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text of `tokens`; EOS and other control pieces have none."""
-        return self._processor.decode(np.asarray(tokens).tolist()) if len(tokens) else ""
+        ids: Any = np.asarray(tokens, np.int32)
+        return str(self._processor.decode(ids)) if len(tokens) else ""
 
     def is_exact(self, text: str) -> bool:
         """Whether `text` comes back from its tokens unchanged."""
         return self.decode(self.encode(text)) == text
+
+    @cached_property
+    def _first_byte(self) -> int | None:
+        """The id of byte 0 where a text's tokens are simply its bytes, in order; None for every other model."""
+        model = self._processor
+        named = [n for n in range(self.vocab_size) if not model.is_control(n) and not model.is_unknown(n)]
+        if len(named) != 256 or not all(model.is_byte(number) for number in named):
+            return None
+        first = model.piece_to_id("<0x00>")
+        in_order = named == list(range(first, first + 256)) == [model.piece_to_id(f"<0x{n:02X}>") for n in range(256)]
+        # A model that writes a space as U+2581, or adds one in front, has other bytes.
+        return first if in_order and model.encode("a b") == [first + byte for byte in b"a b"] else None
 
     @cached_property
     def _mark_ids(self) -> list[int] | None:
@@ -132,7 +157,8 @@ class Tokenizer:
         parts = re.split(f"({SPACE_MARK})", text) if self._mark_ids is not None and SPACE_MARK in text else [text]
         for part in parts:
             if self._cuts_lines and len(part) > _CHUNK:
-                yield from line_chunks(part, _CHUNK)
+                for chunk in line_chunks(part, _CHUNK):
+                    yield from (chunk[at : at + _LONGEST_LINE] for at in range(0, len(chunk), _LONGEST_LINE))
             elif part:
                 yield part
 
@@ -150,8 +176,18 @@ def line_chunks(text: str, size: int) -> Iterator[str]:
         yield text[start:]
 
 
-def _joined(parts: list[list[int]]) -> np.ndarray:
-    return np.concatenate([np.zeros(0, np.int32), *(np.asarray(part, np.int32) for part in parts)])
+def portions(items: Iterable[Item], size: Callable[[Item], int], together: int) -> Iterator[list[Item]]:
+    """Neighbouring items in lists, each of which is full as soon as its sizes add up to `together`."""
+    portion: list[Item] = []
+    held = 0
+    for item in items:
+        portion.append(item)
+        held += size(item)
+        if held >= together:
+            yield portion
+            portion, held = [], 0
+    if portion:
+        yield portion
 
 
 def train_tokenizer(blocks: Iterable[str], kind: Literal["bpe", "unigram"], vocab_size: int) -> bytes:
@@ -177,8 +213,8 @@ def train_tokenizer(blocks: Iterable[str], kind: Literal["bpe", "unigram"], voca
             user_defined_symbols=["\n", "\t"],
             max_sentence_length=_LONGEST_BLOCK,
             character_coverage=0.9995,
-            unk_id=0,
-            eos_id=1,
+            unk_id=TRAINED_UNK,
+            eos_id=TRAINED_EOS,
             bos_id=-1,
             pad_id=-1,
             num_threads=_TRAINING_THREADS,
@@ -206,3 +242,25 @@ def _training_error(message: str, vocab_size: int) -> str:
     if "sentences_.empty()" in message:
         return "there is no text to train the tokenizer on"
     return f"the tokenizer could not be trained: {' '.join(message.split())}"
+
+
+def byte_tokenizer() -> bytes:
+    """A vocabulary of bytes, the paper's 260 ids for byte-level PG19: a sentencepiece model's file content."""
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    kinds = proto.ModelProto.SentencePiece
+    pieces = {BYTES_PAD: ("<pad>", kinds.CONTROL), BYTES_EOS: ("</s>", kinds.CONTROL)}
+    pieces |= {BYTES_UNK: ("<unk>", kinds.UNKNOWN), BYTES_SIZE - 1: ("<unused>", kinds.CONTROL)}
+    pieces |= {BYTES_FIRST + byte: (f"<0x{byte:02X}>", kinds.BYTE) for byte in range(256)}
+    model = proto.ModelProto()
+    for _, (piece, kind) in sorted(pieces.items()):
+        model.pieces.add(piece=piece, score=0.0, type=kind)
+    ids = {"pad_id": BYTES_PAD, "eos_id": BYTES_EOS, "unk_id": BYTES_UNK, "bos_id": -1}
+    trainer = {"model_type": proto.TrainerSpec.BPE, "byte_fallback": True, "vocab_size": BYTES_SIZE, **ids}
+    for key, value in trainer.items():
+        setattr(model.trainer_spec, key, value)
+    model.normalizer_spec.name = "identity"
+    for key in ("add_dummy_prefix", "remove_extra_whitespaces", "escape_whitespaces"):
+        setattr(model.normalizer_spec, key, False)
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content

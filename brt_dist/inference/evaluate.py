@@ -232,9 +232,11 @@ def _table(report: dict[str, Any]) -> list[str]:
         ]
         rows.append([run["label"], str(run["step"]), *values])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    # Every document has text, but shards that were imported without a tokenizer cannot tell how much.
+    size = f"{first['bytes']:,} bytes" if first["bytes"] else "bytes and words not known"
     lines = [
         f"{report['split']} split: {first['number_of_documents']:,} documents, {first['tokens']:,} tokens, "
-        f"{first['bytes']:,} bytes; value ± one standard error over documents (other seeds are not in it)"
+        f"{size}; value ± one standard error over documents (other seeds are not in it)"
     ]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for pair in report["differences"]:

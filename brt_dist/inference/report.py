@@ -20,6 +20,7 @@ FIRST_BEYOND, BEYOND_FACTOR = 1024, 4
 NOTES = {
     "tokens": "a document of n tokens has n + 1 predicted positions: its tokens and the end of the document",
     "bits_per_byte": "all bits, those of the document ends included, over all UTF-8 bytes of the text",
+    "bytes": "0, and bits per byte and word null, where shards were imported without a tokenizer: texts are not known",
     "standard_error": "over documents, of a ratio of sums (delta method); it says nothing about other seeds",
     "curve": "bits_per_token at x: mean over all tokens at positions below x, so every token weighs the same",
 }

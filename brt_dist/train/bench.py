@@ -246,7 +246,7 @@ def random_batch(model: ModelConfig, segment: int, lanes: int, position: int, gr
             starts_BC[row, block] = True
     tokens = torch.from_numpy(np.stack(rows))
     inputs_BL, targets_BL = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    return Batch(inputs_BL, targets_BL, starts_BC, lanes * segment, position, ())
+    return Batch(inputs_BL, targets_BL, starts_BC, lanes * segment, position)
 
 
 def _without_report(parallel: ParallelConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def _reading(config: Config) -> dict[str, Any]:
 
 def _with_defaults(config: Config) -> Config:
     return {
-        section: {key.name: _plain(key.default) for key in fields(kind)} | dict(config.get(section, {}).items())
+        section: {name: _plain(value) for name, value in asdict(kind()).items()} | dict(config.get(section, {}).items())
         for section, kind in OWN_SECTIONS.items()
     }
 

@@ -17,6 +17,7 @@ from brt_dist.data.config import DataConfig
 from brt_dist.data.errors import BadInput
 from brt_dist.data.lanes import LanePlan, plan_lanes
 from brt_dist.data.loader import Loader
+from brt_dist.data.mixture import mixture_by_name
 from brt_dist.data.token_shards import TokenShards
 from brt_dist.model.config import ModelConfig
 from brt_dist.model.flops import forward_flops_per_token
@@ -27,6 +28,7 @@ from brt_dist.parallel.launcher import read_launch
 from brt_dist.parallel.parallelize import whole_shapes
 from brt_dist.parallel.process_groups import Processes, joined
 from brt_dist.train.config import OptimizerConfig, RunFolderConfig, TrainConfig
+from brt_dist.train.corpus_counts import CorpusCounts
 from brt_dist.train.engine import Engine, StepResult, check_dtype
 from brt_dist.train.evaluation import evaluate_during_training
 from brt_dist.train.metrics import Reporter, peak_flops
@@ -93,6 +95,7 @@ class Trainer:
         self.plan = _plan(self.shards, data, model)
         self.lanes = processes.micro_batch_lanes(data.lanes, parallel.lane_groups)
         self.step, self.tokens, self.skipped = 0, 0, 0
+        self.corpora = CorpusCounts(self.documents, {})
         processes.on_leader(lambda: check_dtype(model.dtype, processes.device))
         self.parameter_count = sum(shape.numel() for shape in whole_shapes(model).values())
         self.engine = Engine(model, parallel, optimizer, config, processes, data.lanes)
@@ -153,6 +156,7 @@ class Trainer:
         ended = time.perf_counter()
         predicted = predicted_tokens(batches)
         self.tokens += predicted
+        self.corpora.add(self.plan, range(self.position - self.parallel.segments_per_step, self.position))
         rate = predicted / (ended - began)
         figures = {
             "step": self.step,
@@ -161,6 +165,7 @@ class Trainer:
             "grad_norm": result.grad_norm if finite_norm else None,
             "lr": lr,
             "tokens": self.tokens,
+            **self.corpora.figures(),
             "step_seconds": ended - began,
             "data_seconds": loaded - began,
             "tokens_per_second": rate,
@@ -210,6 +215,8 @@ class Trainer:
             f"on {self.processes.device.type}, {self.data.lanes} lanes x {self.data.segment} tokens a step, "
             f"{len(self.documents)} documents, attention by rung {self._rung()!r}"
         )
+        share = "of the positions" if self.plan.mixture is None else "of the positions are to be expected"
+        report.say(f"padding: {self.plan.padding:.2%} {share}; every other one predicts a token")
         if ignored := self.optimizer.ignored():
             keys = ", ".join(f"optimizer.{name}" for name in ignored)
             report.say(f"optimizer {self.optimizer.name} with schedule {self.optimizer.schedule} does not use {keys}")
@@ -251,6 +258,7 @@ class Trainer:
             "step": self.step,
             "position": self.position,
             "tokens": self.tokens,
+            "corpus_tokens": self.corpora.facts,
             "skipped_steps": self.skipped,
             "optimizer": self.engine.optimizer.progress(),
             "lanes": self.data.lanes,
@@ -262,6 +270,7 @@ class Trainer:
     def _restore(self, start: Path) -> None:
         facts = checkpoints.read_facts(start)
         self.step, self.tokens, self.skipped = facts["step"], facts["tokens"], facts.get("skipped_steps", 0)
+        self.corpora = CorpusCounts(self.documents, facts.get("corpus_tokens", {}))
         parameters = checkpoints.TensorFiles(start, checkpoints.PARAMETERS)
         moments = checkpoints.TensorFiles(start, checkpoints.OPTIMIZER)
         wanted = self.engine.shapes()
@@ -308,8 +317,17 @@ def _check_stream(data: DataConfig, model: ModelConfig, folder: Path, start: Pat
 
 
 def _plan(shards: TokenShards, data: DataConfig, model: ModelConfig) -> LanePlan:
-    lengths = shards.split("train").lengths
-    return plan_lanes(lengths, data.lanes, data.segment, model.window, seed=data.seed, align=data.align)
+    documents = shards.split("train")
+    mixture = mixture_by_name(documents.corpora, documents.corpus_of, data.weights, data.shards)
+    return plan_lanes(
+        documents.lengths,
+        data.lanes,
+        data.segment,
+        model.window,
+        seed=data.seed,
+        align=data.align,
+        mixture=mixture,
+    )
 
 
 def _due(step: int, every: int) -> bool:

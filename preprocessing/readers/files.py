@@ -1,35 +1,58 @@
-"""A corpus of files: each is a document, or each top-level folder is one."""
+"""A corpus of files: each is a document, or all of one folder are, or all of one top-level folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
-from pathlib import Path
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from brt_dist.data.errors import BadInput
-from preprocessing.documents import Document, printable_name
-from preprocessing.units import Part, Unit
+from preprocessing.config import CorpusConfig, DocumentsConfig
+from preprocessing.documents import Document, LeftOut, printable_name, too_long
+from preprocessing.storage import Storage
+from preprocessing.units import Part
+from preprocessing.walk import File
 
 
-def parts(folder: Path, names: Sequence[str], group: Literal["file", "top"]) -> Iterator[Part]:
-    """One part for each file, marked with its document: the file's own name, or the first part of its path."""
-    for name in names:
-        size = (folder / name).stat().st_size
-        yield Part(name, 0, size, size, name if group == "file" else name.split("/", 1)[0])
+def parts(
+    storage: Storage, files: Iterable[File], corpus: CorpusConfig, unit_bytes: int, say: Callable[[str], None]
+) -> Iterator[Part]:
+    """One part for each file, marked with its document: its own name, that of its folder or its top-level folder.
+
+    The document of the files that lie directly in the corpus folder is ".", with `group: folder`.
+    """
+    for name, size in files:
+        document = name
+        if corpus.group == "folder":
+            document = name.rpartition("/")[0] or "."
+        elif corpus.group == "top":
+            document = name.partition("/")[0]
+        yield Part(name, 0, size, size, document)
 
 
-def read(folder: Path, unit: Unit) -> Iterator[Document]:
-    """The documents of a unit; the files of one document are joined in path order, with nothing between them."""
-    for name, members in groupby(unit.parts, key=lambda part: part.document):
-        contents: list[bytes] = []
-        starts: list[tuple[int, str]] = []
-        size = 0
-        for part in members:
-            content = (folder / part.file).read_bytes()
-            if len(content) != part.size:
-                raise BadInput(f"{folder / part.file} changed while it was read: {part.size} bytes, now {len(content)}")
-            starts.append((size, printable_name(part.file)))
-            contents.append(content)
-            size += len(content)
-        yield Document(printable_name(name), printable_name(name), b"".join(contents), tuple(starts))
+def read(
+    storage: Storage, parts: Sequence[Part], corpus: CorpusConfig, policy: DocumentsConfig
+) -> Iterator[Document | LeftOut]:
+    """The document that the files make together, joined in path order with nothing between them."""
+    name = printable_name(parts[0].document)
+    size = sum(part.size for part in parts)
+    if size > policy.max_bytes:
+        yield too_long(name, name, size, policy.max_bytes, size)
+        return
+    contents = [whole_file(storage, part) for part in parts]
+    starts = []
+    start = 0
+    for part in parts:
+        starts.append((start, printable_name(part.file)))
+        start += part.size
+    content = contents[0] if len(contents) == 1 else b"".join(contents)
+    yield Document(name, name, content, tuple(starts), reached=size)
+
+
+def whole_file(storage: Storage, part: Part) -> bytes:
+    """The bytes of a part that is a file; BadInput if it does not have as many as it had."""
+    with storage.open(part.file) as file:
+        # One byte more: enough to see that the file has grown, however much.
+        content = file.read(part.size + 1)
+    if len(content) != part.size:
+        now = storage.size(part.file)
+        raise BadInput(f"{storage.shown(part.file)} changed while it was read: {part.size} bytes, now {now}")
+    return content

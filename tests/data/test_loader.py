@@ -119,6 +119,14 @@ def test_a_plan_that_shows_only_the_first_positions_predicts_tokens_there_and_no
     assert batch.targets_BL.tolist() == [[2, 3, 4, 5, 6, 7, IGNORED_TARGET, IGNORED_TARGET]]
 
 
+def test_behind_the_first_positions_of_a_longer_document_comes_padding_or_the_next_start() -> None:
+    documents = numbered([20, 20])
+    # 8 positions fill two blocks, 6 positions leave padding.
+    for length, columns in ((7, [0, 8]), (5, [0, 6, 7, 8, 14, 15])):
+        batch = read_batch(documents, plan_lanes([length, length], 1, 16, 4, epochs=1), EOS, 0, range(1))
+        assert [column for column, token in enumerate(batch.tokens_BL[0].tolist()) if token == EOS] == columns
+
+
 def test_the_loader_gives_the_batches_of_the_plan_from_any_position_on() -> None:
     documents, plan = small()
     for first in (0, 3):

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from shard_folders import finished_folder, seal
 
 from brt_dist.data import token_shards
 from brt_dist.data.atomic_file import write_json
@@ -39,22 +41,7 @@ ROWS = [row(number, length) for number, length in enumerate((5, 0, 700, 1, 30, 2
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A finished shard folder of two shards."""
-    entries = [write_shard(tmp_path / "a.arrow", ROWS[:4], 10000), write_shard(tmp_path / "b.arrow", ROWS[4:], 10000)]
-    (tmp_path / "tokenizer.model").write_bytes(b"model")
-    manifest = {
-        "format": 1,
-        "vocab_size": 10000,
-        "documents": len(ROWS),
-        "tokenizer": {"file": "tokenizer.model", "hash": file_hash(tmp_path / "tokenizer.model"), "eos": 1},
-        "shards": [vars(entry) for entry in entries],
-    }
-    seal(tmp_path, manifest)
-    return tmp_path
-
-
-def seal(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write a manifest with the hash that belongs to it."""
-    write_json(folder / "manifest.json", {**manifest, "hash": manifest_hash(manifest)})
+    return finished_folder(tmp_path, {"a.arrow": ROWS[:4], "b.arrow": ROWS[4:]}, vocab_size=10000)
 
 
 def test_every_document_comes_back_in_the_order_of_the_shards(folder: Path) -> None:
@@ -102,6 +89,27 @@ def test_a_shard_of_several_batches_reads_like_one(tmp_path: Path, monkeypatch: 
     assert len(documents._batches) > 2
     assert documents.ids == [entry.id for entry in ROWS]
     assert [documents.tokens(index).tolist() for index in range(len(ROWS))] == [entry.tokens.tolist() for entry in ROWS]
+
+
+def test_the_documents_of_many_batches_stay_in_order_in_every_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_shards, "_BATCH_TOKENS", 20)
+    rows = [row(number, number % 7) for number in range(60)]
+    names = ("a.arrow", "b.arrow", "c.arrow")
+    folder = finished_folder(tmp_path, dict(zip(names, (rows[:40], [], rows[40:]), strict=True)), {"c.arrow": "code"})
+    shards = TokenShards.open(folder)
+    for split in ("train", "validation", "test", "all"):
+        documents = shards.split(split)
+        expected = [number for number in range(60) if split in ("all", rows[number].split)]
+        assert documents.ids == [f"doc {number}" for number in expected]
+        assert documents.words.tolist() == documents.lengths.tolist() == [number % 7 for number in expected]
+        assert documents.bytes.tolist() == [3 * (number % 7) for number in expected]
+        assert documents.corpus_of.tolist() == [int(number >= 40) for number in expected]
+        assert documents.corpora == ("", "code")
+        assert [documents.tokens(index).tolist() for index in range(len(documents))] == [
+            rows[number].tokens.tolist() for number in expected
+        ]
 
 
 def test_a_shard_without_documents_can_be_read(tmp_path: Path) -> None:
@@ -264,6 +272,40 @@ def test_a_file_that_is_no_arrow_file_is_named_even_when_nothing_is_verified(fol
     (folder / "a.arrow").write_bytes(b"something else altogether")
     with pytest.raises(BadInput, match=r"a\.arrow cannot be read"):
         TokenShards.open(folder, verify="none")
+
+
+def test_an_arrow_file_of_other_columns_is_named(folder: Path) -> None:
+    table = pa.table({"text": ["a", "b"]})
+    with pa.ipc.new_file(str(folder / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(BadInput, match=r"a\.arrow cannot be read: its columns are .*text: string"):
+        TokenShards.open(folder, verify="none")
+
+
+def test_shards_without_a_tokenizer_have_no_path_to_one(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["tokenizer"]["file"] = None
+    seal(folder, manifest)
+    (folder / "tokenizer.model").unlink()
+    shards = TokenShards.open(folder)
+    assert (shards.eos, len(shards.split("all"))) == (1, len(ROWS))
+    with pytest.raises(BadInput, match="were imported without a tokenizer"):
+        _ = shards.tokenizer_path
+    del manifest["tokenizer"]["file"]
+    seal(folder, manifest)
+    with pytest.raises(BadInput, match=r"'tokenizer\.file' must be text, found None"):
+        TokenShards.open(folder)
+
+
+def test_a_list_that_lies_beside_the_manifest_is_verified_with_the_shards(folder: Path) -> None:
+    (folder / "sources.jsonl").write_text("{}\n")
+    entry = {"file": "sources.jsonl", "hash": file_hash(folder / "sources.jsonl"), "entries": len(ROWS)}
+    manifest = {**json.loads((folder / "manifest.json").read_text()), "sources": entry}
+    seal(folder, manifest)
+    TokenShards.open(folder)
+    (folder / "sources.jsonl").write_text("[]\n")
+    with pytest.raises(BadInput, match=r"sources\.jsonl was altered"):
+        TokenShards.open(folder)
 
 
 def test_checked_hashes_are_remembered_until_a_file_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brt_dist.data.errors import BadInput
-from brt_dist.data.tokenizer import HARD_TEXTS, SPACE_MARK, Tokenizer, line_chunks, train_tokenizer
+from brt_dist.data.tokenizer import HARD_TEXTS, SPACE_MARK, Tokenizer, byte_tokenizer, line_chunks, train_tokenizer
 
 PROSE = inspect.getsource(textwrap) + inspect.getsource(json.decoder)
 VOCAB_SIZE = 600
@@ -59,6 +59,26 @@ def test_any_text_comes_back_from_its_tokens(tokenizer: Tokenizer, text: str) ->
 def test_a_unigram_model_is_lossless_too() -> None:
     model = Tokenizer(train_tokenizer(blocks(), "unigram", VOCAB_SIZE))
     assert all(model.is_exact(text) for text in HARD_TEXTS)
+
+
+@pytest.mark.parametrize("text", HARD_TEXTS)
+def test_a_vocabulary_of_bytes_has_the_bytes_behind_three_special_ids(text: str) -> None:
+    model = byte_tokenizer()
+    ours, plain = Tokenizer(model), sentencepiece.SentencePieceProcessor(model_proto=model)
+    assert (ours.vocab_size, ours.eos) == (260, 1)
+    assert ours.encode(text).tolist() == [3 + byte for byte in text.encode()] == plain.encode(text)
+    assert ours.decode(ours.encode(text)) == text
+
+
+def test_only_a_model_of_nothing_but_bytes_is_taken_for_one(tokenizer: Tokenizer) -> None:
+    """The trained one has byte pieces too, for what it does not know."""
+    assert len(tokenizer.encode("def self")) < 8
+    assert tokenizer.encode("\U0010ffff").tolist() != [3 + byte for byte in "\U0010ffff".encode()]
+
+
+def test_a_line_of_many_megabytes_comes_back_from_its_tokens(tokenizer: Tokenizer) -> None:
+    text = "0123456789 abc" * 700_000 + "\nend"
+    assert tokenizer.is_exact(text)
 
 
 def test_a_plain_sentencepiece_decoder_gives_the_space_mark_back() -> None:

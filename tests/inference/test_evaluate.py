@@ -30,18 +30,26 @@ MODEL: dict[str, Any] = {
 LENGTHS = {"train": [9, 30], "test": [45, 6, 0, 21, 13]}
 
 
-def make_shards(folder: Path, seed: int = 0, vocabulary: int = VOCABULARY) -> Path:
-    """A shard folder as preprocessing leaves it, with an empty validation split."""
+def make_shards(folder: Path, seed: int = 0, vocabulary: int = VOCABULARY, texts: bool = True) -> Path:
+    """A shard folder as preprocessing leaves it, or an import without a tokenizer; with an empty validation split."""
     folder.mkdir()
     generator = np.random.default_rng(seed)
     rows = [
-        ShardRow(f"{split}-{index}", "", split, 3 * n + 1, n + 1, generator.integers(2, VOCABULARY, n).astype("u2"))
+        ShardRow(
+            f"{split}-{index}",
+            "",
+            split,
+            (3 * n + 1) * texts,
+            (n + 1) * texts,
+            generator.integers(2, VOCABULARY, n).astype("u2"),
+        )
         for split, lengths in LENGTHS.items()
         for index, n in enumerate(lengths)
     ]
     entry = write_shard(folder / "0.arrow", rows, vocabulary)
     (folder / "tokenizer.model").write_bytes(b"a tokenizer")
     tokenizer = {"file": "tokenizer.model", "hash": file_hash(folder / "tokenizer.model"), "eos": EOS}
+    tokenizer |= {} if texts else {"file": None}
     counts = {"format": 1, "vocab_size": vocabulary, "documents": len(rows)}
     manifest = {**counts, "tokenizer": tokenizer, "shards": [vars(entry)]}
     write_json(folder / "manifest.json", {**manifest, "hash": manifest_hash(manifest)})
@@ -122,6 +130,17 @@ def test_lanes_and_segment_change_no_figure(tmp_path: Path, shards: Path) -> Non
         path = evaluate([run], out=tmp_path / str(number), lanes=lanes, segment=segment)
         found.append(json.loads(path.read_text())["runs"][0]["bits_per_token"])
     assert found == pytest.approx([found[0]] * 3, rel=1e-5)
+
+
+def test_where_texts_are_not_known_bits_per_byte_and_word_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = make_shards(tmp_path / "imported", texts=False)
+    path = evaluate([make_run(tmp_path / "runs" / "a", shards)])
+    (entry,) = json.loads(path.read_text())["runs"]
+    assert (entry["bytes"], entry["bits_per_byte"], entry["bits_per_word"]) == (0, None, None)
+    assert entry["bits_per_token"] > 0
+    assert f"{entry['tokens']:,} tokens, bytes and words not known; " in capsys.readouterr().out
 
 
 def test_a_repeated_evaluation_gives_the_same_bytes(tmp_path: Path, shards: Path) -> None:

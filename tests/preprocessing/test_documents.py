@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brt_dist.data.errors import BadInput
-from preprocessing.config import SplitsConfig
+from brt_dist.data.splits import split_of
 from preprocessing.documents import Document, decode, printable_name
-from preprocessing.splits import split_of
 
 BAD = Document("top", "top", b"good\nb\xff\xfed", ((0, "top/a.txt"), (5, "top/b.txt")))
 
@@ -51,17 +50,17 @@ def test_a_printable_name_can_always_be_written(raw: bytes) -> None:
 
 @pytest.mark.parametrize("fractions", [(0.1, 0.1), (0.3, 0.0), (0.0, 0.25)])
 def test_splits_get_their_fractions_of_many_documents(fractions: tuple[float, float]) -> None:
-    splits = [split_of(f"document {number}", SplitsConfig(*fractions)) for number in range(20000)]
+    splits = [split_of(f"document {number}", *fractions) for number in range(20000)]
     assert splits.count("validation") / 20000 == pytest.approx(fractions[0], abs=0.01)
     assert splits.count("test") / 20000 == pytest.approx(fractions[1], abs=0.01)
 
 
 def test_the_split_of_an_id_never_changes() -> None:
     ids = ["a.py", "json", "books/moby-dick.txt", "é"]
-    assert [split_of(name, SplitsConfig(0.4, 0.3)) for name in ids] == ["test", "validation", "validation", "train"]
+    assert [split_of(name, 0.4, 0.3) for name in ids] == ["test", "validation", "validation", "train"]
 
 
 def test_a_larger_validation_fraction_keeps_the_documents_it_had() -> None:
     for number in range(2000):
-        if split_of(str(number), SplitsConfig(0.1, 0.0)) == "validation":
-            assert split_of(str(number), SplitsConfig(0.2, 0.0)) == "validation"
+        if split_of(str(number), 0.1, 0.0) == "validation":
+            assert split_of(str(number), 0.2, 0.0) == "validation"

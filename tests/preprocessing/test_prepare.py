@@ -16,6 +16,7 @@ from brt_dist.data.token_shards import TokenShards
 from brt_dist.data.tokenizer import Tokenizer
 from preprocessing import prepare as prepare_module
 from preprocessing.config import CorpusConfig, DocumentsConfig, ShardsConfig, SplitsConfig, TokenizerConfig
+from preprocessing.manifest import REASONS
 
 
 def decoded(shards: TokenShards) -> dict[str, str]:
@@ -84,7 +85,7 @@ def test_a_document_that_is_not_utf8_is_counted_named_and_treated_as_told(run: R
     named = [{"id": "bad.txt", "source": "bad.txt, byte offset 3", "why": "invalid_utf8"}]
     empty = [{"id": "empty.txt", "source": "empty.txt", "why": "empty"}]
     assert manifest["documents"] == kept
-    assert manifest["skipped"] == {"invalid_utf8": 25 - kept, "empty": 1}
+    assert manifest["skipped"] == dict.fromkeys(REASONS, 0) | {"invalid_utf8": 25 - kept, "empty": 1}
     assert manifest["replaced"] == {"invalid_utf8": kept - 24}
     assert manifest["skipped_documents"] == (named if policy == "skip" else []) + empty
     assert manifest["replaced_documents"] == ([] if policy == "skip" else named)
@@ -184,6 +185,7 @@ def test_a_lossy_tokenizer_that_is_brought_along_is_called_lossy(run: Run, tmp_p
     )
     (tmp_path / "lossy.model").write_bytes(model.getvalue())
     run.tokenizer = TokenizerConfig(model=str(tmp_path / "lossy.model"))
+    run.check_round_trip = True
     tokenizer = run().manifest["tokenizer"]
     assert (tokenizer["lossless"], tokenizer["inexact_documents"]) == (False, 24)
     assert "not lossless: 24 documents" in run.printed
@@ -211,7 +213,7 @@ def test_the_manifest_names_no_time_and_no_place_on_this_machine(run: Run, monke
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: CorpusConfig(reader="csv"), r"corpus\.reader must be files, jsonl or parquet, not 'csv'"),
+        (lambda: CorpusConfig(reader="csv"), r"corpus\.reader must be files, .* or huggingface, not 'csv'"),
         (lambda: CorpusConfig(exclude="test"), r"corpus\.exclude must be a list"),
         (lambda: DocumentsConfig("ignore"), r"documents\.invalid_utf8 must be .* not 'ignore'"),
         (lambda: SplitsConfig(0.6, 0.5), r"validation 0\.6 and splits\.test 0\.5 .* together 1\.1"),

@@ -75,10 +75,8 @@ def test_a_file_with_one_flipped_byte_is_noticed_and_written_again(run: Run, nam
     content[len(content) // 2] ^= 1
     (run.folder / name).write_bytes(content)
     run()
-    assert f"{name} was altered" in run.printed
-    assert {name: run.files()[name] for name in whole if name != "units.jsonl"} == {
-        name: content for name, content in whole.items() if name != "units.jsonl"
-    }
+    assert f"{name} was altered" in run.printed.replace("\n", "")
+    assert run.files() == whole
     run()
     assert "nothing to do" in run.printed
 
@@ -119,9 +117,7 @@ def test_a_shard_lost_from_a_finished_folder_is_written_again(run: Run, damage: 
     shard.unlink() if damage == "missing" else shard.write_bytes(b"short")
     run()
     assert "shard-000001.arrow" in run.printed
-    assert {name: run.files()[name] for name in whole if name != "units.jsonl"} == {
-        name: content for name, content in whole.items() if name != "units.jsonl"
-    }
+    assert run.files() == whole
 
 
 def change_vocabulary(run: Run) -> str:
@@ -173,5 +169,5 @@ def test_two_runs_do_not_write_to_one_folder_at_once(run: Run, monkeypatch: pyte
     with pytest.raises(KeyboardInterrupt):
         run()
     settings = json.loads(run.files()["units.jsonl"].splitlines()[0])["settings"]
-    with Ledger.open(run.folder, settings), pytest.raises(BadInput, match="another `brt prepare`"):
+    with Ledger(run.folder, settings).held(), pytest.raises(BadInput, match="another `brt prepare`"):
         run()

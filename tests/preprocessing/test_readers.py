@@ -10,22 +10,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from corpus_files import EVERYTHING, contents, listed, read_all, read_one
 
 from brt_dist.data.errors import BadInput
 from preprocessing.config import CorpusConfig
-from preprocessing.corpora import list_units, matches, read_unit
-from preprocessing.documents import Document, decode
-from preprocessing.units import fingerprint
-
-EVERYTHING = 10**9
-
-
-def read_all(corpus: CorpusConfig, unit_bytes: int = EVERYTHING) -> list[Document]:
-    return [document for unit in list_units(corpus, unit_bytes) for document in read_unit(corpus, unit)]
-
-
-def contents(corpus: CorpusConfig, unit_bytes: int = EVERYTHING) -> dict[str, bytes]:
-    return {document.id: document.content for document in read_all(corpus, unit_bytes)}
+from preprocessing.documents import decode
+from preprocessing.walk import matches
 
 
 @pytest.fixture
@@ -68,7 +58,7 @@ def test_a_single_file_is_a_corpus(tree: Path) -> None:
 def test_the_default_pattern_of_files_is_every_file_and_a_folder_may_be_left_out(tree: Path) -> None:
     assert len(read_all(CorpusConfig(path=str(tree)))) == 7
     corpus = CorpusConfig(path=str(tree))
-    names = {part.file for unit in list_units(corpus, 1, leave_out=(tree / "a").resolve()) for part in unit.parts}
+    names = {part.file for unit in listed(corpus, 1, leave_out=(tree / "a").resolve()) for part in unit.parts}
     assert names == {"b.py", "a-b/x.py", "test/t.py"}
 
 
@@ -89,7 +79,7 @@ def test_links_that_run_in_circles_or_lead_nowhere_are_left_out_by_name(tree: Pa
     (tree / "test" / "there").symlink_to(tree / "a-b")
     (tree / "a-b" / "back").symlink_to(tree / "test")
     said: list[str] = []
-    units = list_units(CorpusConfig(path=str(tree)), EVERYTHING, say=said.append)
+    units = listed(CorpusConfig(path=str(tree)), EVERYTHING, say=said.append)
     names = {part.file for unit in units for part in unit.parts}
     assert len(names) == 7 + 2
     assert {"a-b/back/t.py", "test/there/x.py"} < names
@@ -119,30 +109,30 @@ def test_a_pattern_is_matched_folder_by_folder(path: str, pattern: str, matched:
 
 def test_a_unit_can_be_sent_to_another_process(tree: Path) -> None:
     corpus = CorpusConfig(path=str(tree))
-    for unit in list_units(corpus, 6):
+    for unit in listed(corpus, 6):
         again = pickle.loads(pickle.dumps(unit))
-        assert list(read_unit(corpus, again)) == list(read_unit(corpus, unit))
+        assert list(read_one(corpus, again)) == list(read_one(corpus, unit))
 
 
 def test_the_fingerprint_sees_a_changed_size_and_a_changed_name_but_no_time(tree: Path) -> None:
     corpus = CorpusConfig(path=str(tree))
-    marks = [fingerprint(list_units(corpus, 10))]
+    marks = [listed(corpus, 10).fingerprint()]
     (tree / "b.py").touch()
-    assert fingerprint(list_units(corpus, 10)) == marks[0]
+    assert listed(corpus, 10).fingerprint() == marks[0]
     (tree / "b.py").write_bytes(b"longer than before\n")
-    marks.append(fingerprint(list_units(corpus, 10)))
+    marks.append(listed(corpus, 10).fingerprint())
     (tree / "b.py").rename(tree / "c.py")
-    marks.append(fingerprint(list_units(corpus, 10)))
+    marks.append(listed(corpus, 10).fingerprint())
     assert len({mark["hash"] for mark in marks}) == 3
 
 
 def test_a_corpus_that_is_not_there_and_one_without_files_are_named(tree: Path) -> None:
     with pytest.raises(BadInput, match=r"nowhere does not exist"):
-        list_units(CorpusConfig(path=str(tree / "nowhere")), 1)
+        listed(CorpusConfig(path=str(tree / "nowhere")), 1)
     with pytest.raises(BadInput, match=r"corpus is empty: no file below .* matches '\*\*/\*\.xyz'"):
-        list_units(CorpusConfig(path=str(tree / "**/*.xyz")), 1)
+        listed(CorpusConfig(path=str(tree / "**/*.xyz")), 1)
     with pytest.raises(BadInput, match=r"corpus\.path is empty"):
-        list_units(CorpusConfig(), 1)
+        listed(CorpusConfig(), 1)
 
 
 @pytest.mark.parametrize("unit_bytes", [1, 40, 41, 42, 43, 100, EVERYTHING])
@@ -200,10 +190,10 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_shorter_corpus(
     for reader, name, content in (("jsonl", "a.jsonl", b'{"text": "x"}\n' * 5), ("files", "b.txt", b"hello")):
         (tmp_path / name).write_bytes(content)
         corpus = CorpusConfig(reader=reader, path=str(tmp_path / name))
-        (unit,) = list_units(corpus, EVERYTHING)
+        (unit,) = listed(corpus, EVERYTHING)
         (tmp_path / name).write_bytes(content[: len(content) // 5])
         with pytest.raises(BadInput, match="changed while it was read"):
-            list(read_unit(corpus, unit))
+            list(read_one(corpus, unit))
 
 
 def parquet_file(path: Path, columns: dict[str, pa.Array]) -> CorpusConfig:
@@ -219,7 +209,7 @@ def test_every_parquet_row_is_read_once_whatever_the_row_groups(tmp_path: Path, 
     texts = [f"é text {number % 4}" for number in range(8)]
     text = pa.array(texts).cast(pa.binary()) if kind == pa.binary() else pa.array(texts).cast(kind)
     corpus = parquet_file(tmp_path / "a.parquet", {"text": text, "id": pa.array(range(8)), "other": pa.array(texts)})
-    assert len(list_units(corpus, 1)) == 3
+    assert len(listed(corpus, 1)) == 3
     assert contents(corpus, unit_bytes) == {str(number): text.encode() for number, text in enumerate(texts)}
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from shard_folders import finished_folder, row
 from torch import Tensor
 from training_runs import Runs
 
@@ -47,6 +49,12 @@ class IdleEngine:
 
     def step(self, batches: Sequence[Batch], lr: float, seed: int) -> StepResult:
         return StepResult(1.0, 0.5)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: tensor.shape for name, tensor in self.parameters().items()}
+
+    def restore(self, *_: Any) -> None:
+        """There is nothing to restore."""
 
     @contextmanager
     def scoring(self) -> Iterator[StageScorer]:
@@ -176,3 +184,79 @@ def test_documents_within_one_segment_say_nothing_about_what_a_state_is_worth_be
     for line in runs.evaluations("run"):
         assert "state_gap" not in line
         assert line["gap"] == pytest.approx(0, abs=1e-6)
+
+
+# --- corpora ---
+
+WEIGHTS = ("data.weights.books=3", "data.weights.code=1")
+
+
+@pytest.fixture
+def corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """Runs on shards of two corpora, books of 300 tokens and code of 20."""
+    monkeypatch.setattr(trainer, "Engine", IdleEngine)
+    rows = {
+        "books.arrow": [row(f"book {number}", np.full(300, 7)) for number in range(6)],
+        "code.arrow": [row(f"file {number}", np.full(20, 8)) for number in range(40)],
+    }
+    names = {"books.arrow": "books", "code.arrow": "code"}
+    return Runs(tmp_path / "runs", finished_folder(tmp_path / "mixed", rows, names, vocab_size=384))
+
+
+def test_tokens_and_epochs_of_every_corpus_are_recorded(corpora: Runs):
+    assert main(corpora.command("run", *WEIGHTS, "train.steps=40")) == 0
+    for line in corpora.metrics("run"):
+        books, code = line["corpus_tokens/books"], line["corpus_tokens/code"]
+        assert books + code == line["tokens"]
+        assert abs(books - 0.75 * line["tokens"]) <= 301
+        assert line["corpus_epochs/books"] == books / (6 * 301)
+        assert line["corpus_epochs/code"] == code / (40 * 21)
+
+
+def test_tokens_of_a_corpus_are_counted_on_after_a_restart_and_alike_in_every_layout(corpora: Runs):
+    assert main(corpora.command("whole", *WEIGHTS)) == 0
+    assert main(corpora.command("broken", *WEIGHTS, "train.steps=5")) == 0
+    assert main(corpora.command("broken", *WEIGHTS)) == 0
+    assert main(corpora.command("lanes", *WEIGHTS, "parallel.micro_batches=2")) == 0
+    segments = ("parallel.micro_batches=2", "parallel.micro_batch_axis=segments", "train.steps=6")
+    assert main(corpora.command("segments", *WEIGHTS, *segments)) == 0
+
+    def counted(name: str) -> list[dict[str, float]]:
+        return [{key: line[key] for key in line if key.startswith("corpus_")} for line in corpora.metrics(name)]
+
+    assert counted("broken") == counted("lanes") == counted("whole")
+    # A step of two segments reads what two steps of one do.
+    assert counted("segments") == counted("whole")[1::2]
+
+
+def test_without_weights_corpora_are_read_in_one_order_and_counted_all_the_same(corpora: Runs):
+    assert main(corpora.command("plain", "train.steps=12")) == 0
+    last = corpora.metrics("plain")[-1]
+    assert last["corpus_tokens/books"] + last["corpus_tokens/code"] == last["tokens"]
+    assert main(corpora.command("mixed", *WEIGHTS, "train.steps=12")) == 0
+    plans = [json.loads((corpora.folder / name / "stream.json").read_text())["plan"] for name in ("plain", "mixed")]
+    assert plans[0] != plans[1]
+
+
+def test_a_run_of_one_corpus_tells_nothing_of_corpora(runs: Runs):
+    assert main(runs.command("run", "train.steps=1")) == 0
+    assert not [key for key in runs.metrics("run")[0] if key.startswith("corpus_")]
+
+
+def test_a_run_says_what_share_of_its_positions_is_padding(corpora: Runs, capsys: pytest.CaptureFixture[str]):
+    # In blocks of 8 books take 38 of them, code 3: an epoch reads 6 * 301 + 40 * 21 of 6 * 304 + 40 * 24 positions.
+    assert main(corpora.command("plain", "train.steps=1")) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert "padding: 4.96% of the positions; every other one predicts a token" in lines
+    assert main(corpora.command("mixed", *WEIGHTS, "train.steps=1")) == 0
+    # A token takes 304/301 positions in 3/4 of all cases, 24/21 in 1/4.
+    lines = capsys.readouterr().err.splitlines()
+    assert "padding: 4.14% of the positions are to be expected; every other one predicts a token" in lines
+
+
+def test_weights_that_do_not_fit_the_shards_are_refused_before_anything_is_written(
+    corpora: Runs, capsys: pytest.CaptureFixture[str]
+):
+    assert main(corpora.command("run", "data.weights={books: 1, cod: 1}")) == 2
+    assert "data.weights names the corpus 'cod'" in capsys.readouterr().err
+    assert not (corpora.folder / "run").exists()
