@@ -21,7 +21,7 @@ from preprocessing.round_trip import find_difference, is_checked
 from preprocessing.units import Unit
 
 # Characters encoded in one call for each thread: few, so that rank 0 looks for messages of the others often.
-_TOGETHER = 1 << 18
+_TOGETHER = 1 << 16
 
 
 @dataclass(frozen=True)
