@@ -164,7 +164,7 @@ def test_no_two_runs_are_the_same_run() -> None:
 
 def test_every_part_is_included_or_offered() -> None:
     reached = {part.resolve() for path in FILES for part in includes(path)}
-    alternatives = {PARTS / f"{stem}.yaml" for stem in ("tiny_adamw", "corpus_arxiv", "corpus_github")}
+    alternatives = {PARTS / f"{stem}.yaml" for stem in ("tiny_adamw", "corpus_arxiv", "corpus_github", "corpus_pg19_bytes")}
     assert {path for path in PARTS.iterdir() if path not in reached} == alternatives
 
 
@@ -237,6 +237,7 @@ def test_a_composed_size_has_the_papers_number_of_parameters(tmp_path: Path) -> 
         ("optimizer_adafactor", "tiny_adamw"),
         ("corpus_pg19", "corpus_arxiv"),
         ("corpus_pg19", "corpus_github"),
+        ("corpus_pg19", "corpus_pg19_bytes"),
     ],
 )
 def test_an_alternative_leaves_nothing_of_the_part_it_replaces(part: str, alternative: str) -> None:
