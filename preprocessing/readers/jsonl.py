@@ -24,15 +24,21 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Bytes of a line that are parsed at once, and of a piece of a longer one.
 _HELD = 1 << 24
 _PIECE = 1 << 20
+# A compressed file can only be read from its beginning. Each of several slices of it is every so many-th stretch of its
+# text, and decompressing it all for a slice costs about a hundredth of encoding it: so there are a few, not many.
+_SLICES = 8
+_STRETCH = 1 << 20
 
 
 def parts(
     storage: Storage, files: Iterable[File], corpus: CorpusConfig, unit_bytes: int, say: Callable[[str], None]
 ) -> Iterator[Part]:
-    """Byte ranges of about `unit_bytes`, each of whole lines; a compressed file is one part, as large as it lies."""
+    """Byte ranges of about `unit_bytes`, each of whole lines; of a compressed file slice `first` of `stop` slices."""
     for name, size in files:
         if codec_of(name):
-            yield Part(name, 0, size, size)
+            slices = max(1, min(_SLICES, size // unit_bytes))
+            for number in range(slices):
+                yield Part(name, number, slices, size * (number + 1) // slices - size * number // slices)
             continue
         with storage.open(name) as file:
             first = 0
@@ -73,23 +79,37 @@ def read(
             if (found := _found(line, part, corpus, policy, place, lambda line: line.stop - part.first)) is not None:
                 yield found
             end = line.stop
-        if end < part.stop:
-            raise BadInput(f"{storage.shown(part.file)} changed while it was read: it ends at byte {end}")
+        if end != part.stop:
+            raise BadInput(
+                f"{storage.shown(part.file)} changed while it was read: a line ends at byte {end}, not {part.stop}"
+            )
 
 
 def _read_compressed(
     file: BinaryIO, codec: Codec, part: Part, corpus: CorpusConfig, policy: DocumentsConfig
 ) -> Iterator[Document | LeftOut]:
-    """Where damage is to be left out the file is read twice, for only at the end of it is it known what was sound."""
+    """The lines that begin in the part's stretches of the text.
+
+    Where damage is to be left out the file is read twice, for only at the end of it is it known what was sound.
+    """
+
+    def is_ours(offset: int) -> bool:
+        return offset // _STRETCH % part.stop == part.first
+
+    def reached(_: _Line) -> int:
+        return min(file.tell() // part.stop, part.size)
+
     damage = find_damage(file, codec) if policy.damaged == "skip" else None
     good = damage.good if damage else None
     file.seek(0)
     number, end = 0, 0
     try:
         for line in _lines(decompressed(file, codec, good), 0, good):
-            found = _found(
-                line, part, corpus, policy, lambda line, _: f"line {line.number}", lambda _: min(file.tell(), part.size)
-            )
+            found = None
+            if is_ours(line.start):
+                found = _found(line, part, corpus, policy, lambda line, _: f"line {line.number}", reached)
+            for _ in line.rest or ():
+                pass
             if damage is not None and not line.ends:
                 break
             if found is not None:
@@ -98,7 +118,7 @@ def _read_compressed(
     except DamagedStreamError as error:
         # Also where the damage was known: the line in which it lies is not had.
         damage = damage or Damage(end, file.tell(), str(error))
-    if damage is not None:
+    if damage is not None and is_ours(end):
         lost = f"lost from line {number + 1} on (byte {end} of its text, damage found near byte {damage.found_at})"
         shown = printable_name(part.file)
         yield LeftOut(f"{shown}@{end}", f"{shown}: {lost}: {damage.reason}", "damaged", part.size)
