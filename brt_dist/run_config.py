@@ -142,7 +142,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     """
     given = _read_file(Path(path), ())
     for override in overrides:
-        given = _merged(given, _read_override(override))
+        given = _assigned(given, *_read_override(override))
     config = _resolved(RunConfig(**{name: _section(name, given.get(name, {})) for name in _sections()}), given)
     config.check()
     return config
@@ -208,17 +208,17 @@ def _read_file(path: Path, including: tuple[Path, ...]) -> Sections:
     return _merged(merged, _named(own, f"{path}: "))
 
 
-def _read_override(override: str) -> Sections:
+def _read_override(override: str) -> tuple[list[str], Any]:
+    """The names that lead to the key, the section first, and its new value."""
     dotted, equals, text = override.partition("=")
     section, dot, key = dotted.strip().partition(".")
     if not equals or not dot:
         meant = [f"{name}.{section}" for name in _sections() if section in _types(name)] if equals else []
         hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
         raise ConfigError(f"override {override!r} is not of the form section.key=value{hint}")
-    value = _parse(text, f"override {override!r}")
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return _named({section: value}, "")
+    path, value = [section, *key.split(".")], _parse(text, f"override {override!r}")
+    _named(_assigned({}, path, value), "")
+    return path, value
 
 
 def _parse(text: str, source: str) -> Any:
@@ -239,6 +239,15 @@ def _merged(under: Sections, over: Sections) -> Sections:
         below = merged.get(name)
         merged[name] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
+
+
+def _assigned(under: Sections, path: Sequence[str], value: Any) -> Sections:
+    """`under` with `value` where `path` leads; nothing is left of what stood there, and all else is."""
+    name, *rest = path
+    if rest:
+        below = under.get(name)
+        value = _assigned(below if isinstance(below, dict) else {}, rest, value)
+    return {**under, name: value}
 
 
 def _named(values: dict[Any, Any], source: str) -> Sections:

@@ -71,6 +71,12 @@ class CorpusConfig:
         return _split_url(self.path)[0] if "://" in self.path else ""
 
     @property
+    def names_folder(self) -> bool:
+        """Whether the URL, as it is written, can only be a folder: a glob or "/" stands at its end."""
+        url, glob = _split_url(self.path)
+        return bool(glob) or url.split("::")[0].endswith("/")
+
+    @property
     def root(self) -> Path:
         """The file or folder in `path` on this machine, without the glob and with "{stdlib}" put in."""
         return self._split[0]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
 from brt_dist.data.errors import BadInput
 from preprocessing.config import CorpusConfig, DocumentsConfig
 from preprocessing.documents import Document, LeftOut
-from preprocessing.storage import READ_ERRORS, Storage
+from preprocessing.storage import Storage
 from preprocessing.units import Part, Unit, Units, parts_together
 from preprocessing.walk import File, FileList, find_files, storage_of
 
@@ -54,6 +55,7 @@ def list_units(
     Without `unit_bytes` the size of a unit follows from that of all corpora together. `say` is told, in lines of text,
     what else was left out. BadInput if a path does not exist, or no file matches its pattern.
     """
+    _opened.cache_clear()
     found = {name: find_files(corpus, leave_out, say) for name, corpus in corpora.items()}
     if unit_bytes is None:
         unit_bytes = default_unit_bytes(sum(files.size for _, files in found.values()))
@@ -74,18 +76,24 @@ def read_unit(
     The ids of a corpus that has a name begin with it and "/". BadInput names what cannot be read and the place in it.
     """
     corpus = corpora[unit.corpus]
-    storage = storage_of(corpus)
     reader = _reader(corpus)
     before = 0
     try:
+        storage = _opened(corpus)
         for parts in parts_together(unit.parts):
             for found in reader.read(storage, parts, corpus, documents):
                 if isinstance(found, LeftOut):
                     _check_allowed(found, documents, corpus, storage)
                 yield _in_unit(found, unit.corpus, before)
             before += sum(part.size for part in parts)
-    except READ_ERRORS as error:
+    except OSError as error:
         raise BadInput(f"the corpus cannot be read: {error}") from None
+
+
+@lru_cache(maxsize=16)
+def _opened(corpus: CorpusConfig) -> Storage:
+    """Kept for the next units: the list of what is in an archive takes long to read."""
+    return storage_of(corpus)
 
 
 def _check_allowed(found: LeftOut, documents: DocumentsConfig, corpus: CorpusConfig, storage: Storage) -> None:
@@ -106,7 +114,7 @@ def _parts(
 ) -> Iterator[Part]:
     try:
         yield from _reader(corpus).parts(storage, files, corpus, unit_bytes, say)
-    except READ_ERRORS as error:
+    except OSError as error:
         raise BadInput(f"the corpus cannot be read: {error}") from None
 
 

@@ -11,10 +11,10 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from brt_dist.data.atomic_file import whole_file
 from brt_dist.data.errors import BadInput
@@ -33,6 +33,7 @@ class Ledger:
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self._folder, self._settings = folder, settings
         self._path = folder / LEDGER
+        self._locks = ExitStack()
         self._clear()
 
     def _clear(self) -> None:
@@ -52,21 +53,24 @@ class Ledger:
         with writing(self._path):
             self._folder.mkdir(parents=True, exist_ok=True)
             file = self._path.open("ab")
-        with file:
-            _hold(file.fileno(), self._folder)
-            for abandoned in self._folder.glob(".*.part"):
-                abandoned.unlink()
-            lines = _whole_lines(self._path)
-            os.truncate(self._path, sum(len(line) for line in lines))
+        with self._locks:
+            self._lock(file)
+            with writing(self._path):
+                for abandoned in self._folder.glob(".*.part"):
+                    abandoned.unlink()
+                lines = _whole_lines(self._path)
+                os.truncate(self._path, sum(len(line) for line in lines))
             for line in lines[1:]:
                 self._take(json.loads(line))
             try:
                 yield
             finally:
-                if self._path.stat().st_size == 0:
-                    self._path.unlink()
-                    if fresh:
-                        self._folder.rmdir()
+                # Whatever ended the work is told, and not that something stands in the way here.
+                with suppress(OSError):
+                    if self._path.stat().st_size == 0:
+                        self._path.unlink()
+                        if fresh:
+                            self._folder.rmdir()
 
     def add_survey(self, repeats: str) -> None:
         """The corpora are surveyed; what was made after another survey is not finished."""
@@ -86,7 +90,16 @@ class Ledger:
         entries += [{"survey": self.survey}, {"tokenizer": self.tokenizer}]
         entries += [{"unit": number, "report": asdict(self.reports[number])} for number in sorted(self.reports)]
         with writing(self._path), whole_file(self._path) as temporary:
-            temporary.write_bytes(b"".join(map(_as_line, entries)))
+            file = temporary.open("wb")
+            # The lock is on the file, whatever its name: the new one is held before it takes the old one's place.
+            self._lock(file)
+            file.write(b"".join(map(_as_line, entries)))
+            file.flush()
+
+    def _lock(self, file: BinaryIO) -> None:
+        """Hold an open ledger until `held` ends."""
+        self._locks.enter_context(file)
+        _hold(file.fileno(), self._folder)
 
     def _add(self, entry: dict[str, Any]) -> None:
         with writing(self._path), self._path.open("ab", buffering=0) as file:

@@ -45,7 +45,8 @@ def draw_lengths(lengths: Mapping[str, np.ndarray], folder: Path) -> Path:
             share = share_beyond(length_D, far)
             if share:
                 right.plot([far], [share], "o", color=line.get_color())
-                right.annotate(f"{share:.0%}", (far, share), textcoords="offset points", xytext=(6, 5))
+                label = {"textcoords": "offset points", "xytext": (6, 5), "color": line.get_color()}
+                right.annotate(f"{share:.0%}", (far, share), **label)
     left.set(xscale="log", xlabel="tokens in a document", ylabel="documents", title="Lengths of documents")
     title = "Share of tokens behind a position"
     right.set(
@@ -53,11 +54,11 @@ def draw_lengths(lengths: Mapping[str, np.ndarray], folder: Path) -> Path:
     )
     for far in FAR:
         right.axvline(far, color="0.7", linewidth=0.8, linestyle=":")
-        right.annotate(f"{far // 1024}k", (far, 1.0), textcoords="offset points", xytext=(3, -8), color="0.4")
+        right.annotate(f"{far // 1024}k", (far, 0.0), textcoords="offset points", xytext=(3, 4), color="0.4")
     for axes in (left, right):
         axes.grid(alpha=0.25)
         if len(drawn) > 1:
-            axes.legend()
+            axes.legend(loc="upper left" if axes is left else "lower left")
     path = folder / PLOT
     with writing(path), whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -38,6 +39,8 @@ from preprocessing.survey import Survey, check_ids_differ, survey_unit
 from preprocessing.units import Units
 
 REPEATS = "repeats.npy"
+# Bytes from which on it is worth a word that one core alone would work for more than a minute.
+LARGE = 200_000_000
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,10 @@ def prepare(
     units = ranks.lead(lambda: list_units(corpora, shards.unit_bytes, folder.resolve(), reporter.say))
     settings = ranks.lead(lambda: _settings(corpora, documents, tokenizer, splits, shards, units))
     job = _Job(corpora, documents, tokenizer, splits, folder, units, settings, ranks, reporter)
+    if ranks.size == threads == 1 and units.size > LARGE and (cores := os.cpu_count() or 1) > 1:
+        reporter.say(
+            f"one of {cores} cores is at work; `mpiexec -n {cores} brt prepare ...` shares it, to the same bytes"
+        )
     if not ranks.lead(lambda: _is_finished(job, check_round_trip)):
         _make(job, check_round_trip, threads)
     ranks.lead(lambda: _report(job, plot))
@@ -185,6 +192,8 @@ def _survey(job: _Job, ledger: Ledger) -> None:
 
     def keep() -> None:
         content = _tokenizer(job, [block.text for block in blocks])
+        # One may be left of a run that was stopped before it could tell of it, with other settings perhaps.
+        (job.folder / REPEATS).unlink(missing_ok=True)
         ledger.add_survey(repeats.save(job.folder / REPEATS) if len(repeats) else "")
         with writing(job.folder / TOKENIZER), whole_file(job.folder / TOKENIZER) as temporary:
             temporary.write_bytes(content)

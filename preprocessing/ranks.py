@@ -6,6 +6,8 @@ All waiting is done by looking and sleeping, because a rank that waits inside MP
 
 from __future__ import annotations
 
+import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +23,8 @@ News = TypeVar("News")
 _TO_THE_LEADER, _FROM_THE_LEADER = 1, 2
 # Seconds between two looks for a message, and between two messages of how far a rank is.
 _LOOK, _NEWS = 0.002, 0.5
+# Seconds in which rank 0 ends a launch that was interrupted, and the exit status, that of one process.
+_FOR_RANK_0, _INTERRUPTED = 2.0, 130
 
 
 class SharedBadInput(BadInput):
@@ -219,6 +223,12 @@ def opened_ranks(processes: int) -> Iterator[Ranks]:
         yield MpiRanks(communicator)
     except (BadInput, SystemExit):
         raise
+    except KeyboardInterrupt:
+        if communicator.Get_rank():
+            # The launcher interrupts all ranks, and one line is enough: rank 0 ends the others while they wait.
+            time.sleep(_FOR_RANK_0)
+        print("brt: interrupted", file=sys.stderr, flush=True)
+        communicator.Abort(_INTERRUPTED)
     except BaseException:
         # The others would wait for this rank for ever.
         traceback.print_exc()
@@ -226,12 +236,16 @@ def opened_ranks(processes: int) -> Iterator[Ranks]:
 
 
 def _communicator(processes: int) -> Any:
+    # While MPI starts no Python runs, and a rank that is interrupted would wait for those that have ended already.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise SharedBadInput(
             f"{processes} processes were started, but MPI cannot be loaded: {error} (install an MPI, or start one)"
         ) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
     if MPI.COMM_WORLD.Get_size() != processes:
         raise SharedBadInput(
             f"{processes} processes were started, but MPI sees {MPI.COMM_WORLD.Get_size()}: start them with the "

@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
+from rich.table import Column, Table
 
 from preprocessing.lengths import FAR, share_beyond
 
 # Seconds between two plain lines of progress.
 _PAUSE = 5.0
+# Columns that the tables may take where nobody has said how many there are, as in a file.
+_WIDTH = 160
 # Documents named one by one on the console; the manifest names all.
 _NAMED = 20
 
@@ -36,6 +38,8 @@ class Reporter:
 
     def __init__(self, console: Console | None = None):
         self._console = console or Console()
+        if not self._console.is_terminal:
+            self._console.width = max(self._console.width, _WIDTH)
 
     def say(self, line: str) -> None:
         """One plain line."""
@@ -45,9 +49,13 @@ class Reporter:
     def steps(self, title: str, sizes: Mapping[str, int]) -> Iterator[Steps]:
         """A stretch of work over corpora of so many bytes."""
         if self._console.is_terminal:
+            # The figures last, and all else as wide as it is: where a terminal is narrow their end is cut.
+            names = max((len(f"{title} {corpus}".strip()) for corpus in sizes), default=0)
             columns = (
-                *(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}")),
-                *(TimeElapsedColumn(), TimeRemainingColumn()),
+                TextColumn("{task.description}", table_column=Column(min_width=min(names, 30), no_wrap=True)),
+                BarColumn(bar_width=10, table_column=Column(min_width=10)),
+                TimeRemainingColumn(table_column=Column(min_width=7, no_wrap=True)),
+                TextColumn("{task.fields[figures]}"),
             )
             with Bars(*columns, console=self._console) as bars:
                 yield _BarSteps(bars, title, sizes)
@@ -89,10 +97,16 @@ class Reporter:
             self.say(f"  ... and {len(named) - _NAMED} more, all named in the manifest")
 
 
-def _split_table(manifest: dict[str, Any]) -> Table:
-    table = Table("split", "documents", "tokens", "bytes", "bytes per token")
+def _table(name: str, *figures: str) -> Table:
+    table = Table(name, *figures)
     for column in table.columns[1:]:
-        column.justify = "right"
+        # A figure too wide for a terminal goes on in the next line: one that is cut says nothing.
+        column.justify, column.overflow = "right", "fold"
+    return table
+
+
+def _split_table(manifest: dict[str, Any]) -> Table:
+    table = _table("split", "documents", "tokens", "bytes", "bytes per token")
     for name, counts in [*manifest["splits"].items(), ("all", manifest)]:
         ratio = f"{counts['bytes'] / counts['tokens']:.3f}" if counts["tokens"] else "-"
         table.add_row(name, *(f"{counts[key]:,}" for key in ("documents", "tokens", "bytes")), ratio)
@@ -102,9 +116,8 @@ def _split_table(manifest: dict[str, Any]) -> Table:
 def _length_table(lengths: Mapping[str, np.ndarray]) -> Table:
     """Tokens of a document, and how much of each corpus lies far behind a document's beginning."""
     names = ("10 %", "median", "90 %", "99 %", "longest", *(f"> {far // 1024}k" for far in FAR))
-    table = Table("corpus", *names, title="tokens in a document; share of all tokens behind so many of their document")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = _table("corpus", *names)
+    table.title = "tokens in a document; share of all tokens behind so many of their document"
     for corpus, length_D in lengths.items():
         if len(length_D):
             # Not interpolated: these are lengths of documents that there are.

@@ -23,14 +23,23 @@ def find_difference(tokenizer: Tokenizer, text: str, tokens: np.ndarray, whole: 
     """
     start = text if whole else next(line_chunks(text, _CHECKED), "")
     if len(start) == len(text):
-        decoded = tokenizer.decode(tokens)
-        return None if decoded == text else _first_difference(decoded, text)
+        return _difference_by_parts(tokenizer, text, tokens)
     # Mostly a token is at least a character; it is always at least a byte, and no character has more than four.
     for count in (len(start), 4 * len(start)):
         decoded = tokenizer.decode(tokens[:count])
         if decoded.startswith(start):
             return None
     return _first_difference(decoded, start)
+
+
+def _difference_by_parts(tokenizer: Tokenizer, text: str, tokens: np.ndarray) -> int | None:
+    """The first character that differs; what was decoded is never there as a whole, for it may be as long as `text`."""
+    at = 0
+    for part in tokenizer.decode_parts(tokens):
+        if not text.startswith(part, at):
+            return at + _first_difference(part, text[at : at + len(part)])
+        at += len(part)
+    return None if at == len(text) else at
 
 
 def _first_difference(decoded: str, text: str) -> int:

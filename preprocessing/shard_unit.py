@@ -119,6 +119,8 @@ def _texts(unit: Unit, recipe: Recipe, tally: _Tally) -> Iterator[_Text]:
             if split != own_split:
                 tally.moved.append(_named(found, found.source, f"duplicate of a {split} document"))
         yield _Text(found, split, decoded.text, len(content))
+        # Let go of before the next one is read: both may be very long.
+        del found, decoded, content
 
 
 def _named(found: Document | LeftOut, place: str, why: str) -> dict[str, str]:
@@ -131,18 +133,25 @@ def _rows(
     reached = 0
     for together in portions(texts, lambda each: len(each.text), _TOGETHER * recipe.threads):
         encoded = recipe.tokenizer.encode_all([each.text for each in together], recipe.threads)
-        for each, tokens in zip(together, encoded, strict=True):
-            _check(each, tokens, recipe, tally)
-            counts = tally.splits[each.split]
-            for name, count in (("documents", 1), ("tokens", len(tokens)), ("bytes", each.bytes)):
-                counts[name] += count
-            document = each.document
-            yield ShardRow(document.id, document.source, each.split, each.bytes, count_words(each.text), tokens)
-        last = together[-1].document.reached
-        tell(Progress(unit.corpus, last - reached, len(together), sum(map(len, encoded))))
+        last, count, size = together[-1].document.reached, len(together), sum(map(len, encoded))
+        # Every document is let go of before the next ones are read: one may be very long.
+        together.reverse()
+        encoded.reverse()
+        while together:
+            yield _row(together.pop(), encoded.pop(), recipe, tally)
+        tell(Progress(unit.corpus, last - reached, count, size))
         reached = last
     # What was no text (documents left out, whatever stands behind the last) is done too.
     tell(Progress(unit.corpus, unit.size - reached, 0, 0))
+
+
+def _row(each: _Text, tokens: np.ndarray, recipe: Recipe, tally: _Tally) -> ShardRow:
+    _check(each, tokens, recipe, tally)
+    counts = tally.splits[each.split]
+    for name, count in (("documents", 1), ("tokens", len(tokens)), ("bytes", each.bytes)):
+        counts[name] += count
+    document = each.document
+    return ShardRow(document.id, document.source, each.split, each.bytes, count_words(each.text), tokens)
 
 
 def _check(each: _Text, tokens: np.ndarray, recipe: Recipe, tally: _Tally) -> None:

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import tarfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
+from lzma import LZMAError
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 from zipfile import BadZipFile
 
 from brt_dist.data.errors import BadInput
 
-# What reading a file may raise: an archive that files are read out of has its own errors.
-READ_ERRORS = (OSError, EOFError, zlib.error, BadZipFile)
+# How what reads a file out of an archive says that the archive is damaged.
+_DAMAGE = (EOFError, zlib.error, BadZipFile, LZMAError, tarfile.TarError)
+
+# Bytes asked for at once.
+_PIECE = 1 << 16
+
+
+class DamagedFileError(OSError):
+    """A file in an archive that cannot be had as it was put there."""
 
 
 class Storage(ABC):
     """A folder of files. Their names are relative to it, with "/" between folders.
 
-    What fails raises one of READ_ERRORS, or BadInput where the storage itself cannot be had.
+    What fails raises an OSError, or BadInput where the storage itself cannot be had.
     """
 
     @abstractmethod
@@ -79,22 +91,31 @@ class RemoteFolder(Storage):
 
     def is_file(self) -> bool:
         system, path = self._opened
-        return bool(path) and bool(system.isfile(path))
+        with _failures_named(self.url):
+            return bool(path) and bool(system.isfile(path))
 
     def files(self) -> Iterator[tuple[str, int | None]]:
         """Name and size of all files below, in no order; nothing where the folder does not exist."""
         system, path = self._opened
-        for found, entry in system.find(path, detail=True).items():
+        with _failures_named(self.url):
+            entries = system.find(path, detail=True)
+        for found, entry in entries.items():
             if entry.get("type") == "file":
                 yield found[len(path) :].lstrip("/"), entry.get("size")
 
     def open(self, name: str) -> BinaryIO:
         system, path = self._opened
-        return cast(BinaryIO, system.open(_joined(path, name), "rb"))
+        with _failures_named(self.shown(name)):
+            file = system.open(_joined(path, name), "rb")
+        return io.BufferedReader(_RemoteFile(file, self.shown(name)), _PIECE)
 
     def size(self, name: str) -> int:
         system, path = self._opened
-        return int(system.size(_joined(path, name)))
+        with _failures_named(self.shown(name)):
+            size = system.size(_joined(path, name))
+        if size is None:
+            raise BadInput(f"{self.shown(name)}: its size is not known, so it cannot be divided into units of work")
+        return int(size)
 
     def path(self, name: str) -> Path | None:
         return None
@@ -103,6 +124,55 @@ class RemoteFolder(Storage):
         """The name put before what the URL is chained to."""
         first, *rest = self.url.split("::")
         return "::".join([_joined(first, name), *rest])
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file that fsspec opened, made like any other: each file system has its own, that can do more or less, and fails
+    in its own way.
+    """
+
+    def __init__(self, file: Any, shown: str):
+        self._file = file
+        self._shown = shown
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with _failures_named(self._shown):
+            piece = self._file.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with _failures_named(self._shown):
+            return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+@contextmanager
+def _failures_named(shown: str) -> Iterator[None]:
+    """Whatever a file system raises becomes an OSError that names the file; what is not found stays that."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except _DAMAGE as error:
+        raise DamagedFileError(f"{shown} is damaged: {error}") from None
+    except Exception as error:
+        # With a number, for this is no damage: it may go well another time.
+        number = getattr(error, "errno", None) or errno.EIO
+        raise OSError(number, str(error) or type(error).__name__, shown) from None
 
 
 def _joined(folder: str, name: str) -> str:

@@ -15,7 +15,7 @@ from brt_dist.data.errors import BadInput
 from preprocessing.compact import rows_of, squeeze
 from preprocessing.config import CorpusConfig
 from preprocessing.documents import printable_name
-from preprocessing.storage import READ_ERRORS, LocalFolder, RemoteFolder, Storage
+from preprocessing.storage import LocalFolder, RemoteFolder, Storage
 
 # Links named one by one.
 _NAMED = 20
@@ -89,8 +89,7 @@ def find_files(corpus: CorpusConfig, leave_out: Path | None, say: Callable[[str]
     """Where the corpus lies and its files, in an order that depends on names alone.
 
     Path order: compared folder by folder. Where the files of a folder must stay together (`group: folder`, and saved
-    datasets) they come before its folders. BadInput
-    if the path does not exist, or no file matches the pattern.
+    datasets) they come before its folders. BadInput if the path does not exist, or no file matches the pattern.
     """
     if not corpus.path:
         raise BadInput("corpus.path is empty: name the file or folder that holds the corpus")
@@ -98,7 +97,7 @@ def find_files(corpus: CorpusConfig, leave_out: Path | None, say: Callable[[str]
     storage, files = (_remote if corpus.url else _local)(corpus, leave_out, left_out)
     try:
         found = FileList(files)
-    except READ_ERRORS as error:
+    except OSError as error:
         raise BadInput(f"the corpus cannot be read: {error}") from None
     if next(iter(found), None) is None:
         excluded = f" (left out: {', '.join(corpus.exclude)})" if corpus.exclude else ""
@@ -112,7 +111,12 @@ def storage_of(corpus: CorpusConfig) -> Storage:
     if not corpus.url:
         return LocalFolder(corpus.root if corpus.root.is_dir() else corpus.root.parent)
     remote = RemoteFolder(corpus.url)
-    return RemoteFolder(_cut(corpus.url)[0]) if remote.is_file() else remote
+    return RemoteFolder(_cut(corpus.url)[0]) if _is_file(remote, corpus) else remote
+
+
+def _is_file(remote: RemoteFolder, corpus: CorpusConfig) -> bool:
+    """What the path says to be a folder is none, even if it can be opened: the page that lists a folder of the web."""
+    return not corpus.names_folder and remote.is_file()
 
 
 def _local(corpus: CorpusConfig, leave_out: Path | None, left_out: _LeftOut) -> tuple[Storage, Iterable[File]]:
@@ -122,20 +126,20 @@ def _local(corpus: CorpusConfig, leave_out: Path | None, left_out: _LeftOut) -> 
         return storage, [File(root.name, storage.size(root.name))]
     if not root.is_dir():
         raise BadInput(f"corpus.path {root} does not exist")
-    return storage, _Walk(root, _Choice(corpus), leave_out, left_out).files("", (os.path.realpath(root),))
+    return storage, _Walk(root, _Choice(corpus), leave_out, left_out).files()
 
 
 def _remote(corpus: CorpusConfig, leave_out: Path | None, left_out: _LeftOut) -> tuple[Storage, Iterable[File]]:
     """`leave_out` is a folder of this machine, and none of those here."""
     remote = RemoteFolder(corpus.url)
     try:
-        if remote.is_file():
+        if _is_file(remote, corpus):
             storage, name = storage_of(corpus), _cut(corpus.url)[1]
             return storage, [File(name, storage.size(name))]
         found = list(remote.files())
     except FileNotFoundError:
         found = []
-    except READ_ERRORS as error:
+    except OSError as error:
         raise BadInput(f"the corpus cannot be read: {error}") from None
     if not found:
         raise BadInput(f"corpus.path {corpus.url} does not exist, or there is nothing below it")
@@ -150,12 +154,8 @@ def _remote(corpus: CorpusConfig, leave_out: Path | None, left_out: _LeftOut) ->
         elif choice.matches(name):
             if choice.excludes(last):
                 left_out.files += 1
-            elif size is None:
-                raise BadInput(
-                    f"{remote.shown(name)}: its size is not known, so it cannot be divided into units of work"
-                )
             else:
-                files.append(File(name, size))
+                files.append(File(name, remote.size(name) if size is None else size))
     left_out.folders = len(folders)
     return remote, sorted(files, key=lambda file: choice.order(file.name))
 
@@ -176,22 +176,32 @@ class _Walk:
     leave_out: Path | None
     left_out: _LeftOut
 
-    def files(self, below: str, above: tuple[str, ...]) -> Iterator[File]:
-        """The chosen files below the folder root/below, in order.
+    def files(self) -> Iterator[File]:
+        """The chosen files, in order."""
+        above: tuple[str, ...] = (os.path.realpath(self.root),)
+        # The folders that the walk is in: they may lie deeper than calls may.
+        inside = [(above, self._ordered("", above))]
+        while inside:
+            above, rows = inside[-1]
+            if (row := next(rows, None)) is None:
+                inside.pop()
+                continue
+            _, name, size, real = row
+            if size == _FOLDER:
+                inside.append(((*above, real), self._ordered(name, (*above, real))))
+            else:
+                yield File(name, size)
+
+    def _ordered(self, below: str, above: tuple[str, ...]) -> Iterator[_Row]:
+        with os.scandir(f"{self.root}/{below}") as entries:
+            return iter(_in_order(self._rows(entries, below, above)))
+
+    def _rows(self, entries: Iterable[os.DirEntry[str]], below: str, above: tuple[str, ...]) -> Iterator[_Row]:
+        """The chosen files in the folder root/below, and the folders to look into.
 
         `above` has the real paths of that folder and of all that the walk came through: a link to one of them would
         lead round in a circle.
         """
-        with os.scandir(f"{self.root}/{below}") as entries:
-            ordered = _in_order(self._rows(entries, below, above))
-        for _, name, size, real in ordered:
-            if size == _FOLDER:
-                yield from self.files(name, (*above, real))
-            else:
-                yield File(name, size)
-
-    def _rows(self, entries: Iterable[os.DirEntry[str]], below: str, above: tuple[str, ...]) -> Iterator[_Row]:
-        """The chosen files and the folders to look into."""
         for entry in entries:
             name = f"{below}/{entry.name}" if below else entry.name
             excluded = self.choice.excludes(entry.name)
@@ -254,5 +264,5 @@ def matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
     if not pattern:
         return not parts
     if pattern[0] == "**":
-        return matches(parts, pattern[1:]) or (bool(parts) and matches(parts[1:], pattern))
+        return any(matches(parts[folders:], pattern[1:]) for folders in range(len(parts) + 1))
     return bool(parts) and fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])

@@ -164,7 +164,8 @@ def test_no_two_runs_are_the_same_run() -> None:
 
 def test_every_part_is_included_or_offered() -> None:
     reached = {part.resolve() for path in FILES for part in includes(path)}
-    alternatives = {PARTS / f"{stem}.yaml" for stem in ("tiny_adamw", "corpus_arxiv", "corpus_github", "corpus_pg19_bytes")}
+    stems = ("tiny_adamw", "corpus_arxiv", "corpus_github", "corpus_pg19_bytes")
+    alternatives = {PARTS / f"{stem}.yaml" for stem in stems}
     assert {path for path in PARTS.iterdir() if path not in reached} == alternatives
 
 

@@ -346,6 +346,9 @@ def test_weights_of_corpora_are_set_one_by_one_or_together(tmp_path: Path):
     assert load(tmp_path, text, "data.weights.code=3").data.weights == {"books": 1, "code": 3}
     assert load(tmp_path, "", "data.weights={books: 0.7, code: 0.3}").data.weights == {"books": 0.7, "code": 0.3}
     assert load(tmp_path, "").data.weights == {}
+    # Weights that are given together are all that there are: none of the file's is mixed in unseen.
+    assert load(tmp_path, text, "data.weights={wiki: 1}", "data.weights.code=2").data.weights == {"wiki": 1, "code": 2}
+    assert load(tmp_path, text, "data.weights={}").data.weights == {}
 
 
 def test_weights_come_back_from_the_written_configuration(tmp_path: Path):
@@ -361,6 +364,7 @@ def test_weights_come_back_from_the_written_configuration(tmp_path: Path):
         ("data.weights.books=many", 'data.weights is {"books": "many"}; expected names, and for each a number'),
         ("data.weights=[1, 2]", "data.weights is [1, 2]; expected names, and for each a number"),
         ("data.weights.books=.inf", "expected names, and for each a number"),
+        ("data.weights={books: 1e308, code: 1e308}", "data.weights (books, code) are too large for their sum"),
     ],
 )
 def test_weights_that_are_none_are_refused(tmp_path: Path, override: str, said: str):

@@ -116,6 +116,7 @@ class _Content:
     manifest: dict[str, Any]
     total: Counts = field(default_factory=Counts)
     splits: dict[str, Counts] = field(default_factory=lambda: {name: Counts() for name in SPLITS})
+    corpora: dict[str, Counts] = field(default_factory=dict)
     ids: list[np.ndarray] = field(default_factory=list)
 
     def add_shard(self, entry: dict[str, Any]) -> None:
@@ -129,6 +130,8 @@ class _Content:
             self._count(path, batch, in_shard)
             self.ids += [_id_hashes(ids) for ids in _ids(batch)]
         self._agree(f"'{entry['file']}'", entry, in_shard, ("documents", "tokens"))
+        of_corpus = self.corpora.setdefault(entry.get("corpus", ""), Counts())
+        of_corpus.add(in_shard.documents, in_shard.tokens, in_shard.bytes)
 
     def _count(self, path: Path, batch: ShardBatch, in_shard: Counts) -> None:
         lengths, sizes = np.diff(batch.offsets), batch.numbers("bytes")
@@ -149,14 +152,18 @@ class _Content:
         self._agree("all shards", self.manifest, self.total, counts)
         for name, split in self.splits.items():
             self._agree(f"split {name}", self.manifest.get("splits", {}).get(name, {}), split, counts)
+        for name, written in self.manifest.get("corpora", {}).items():
+            self._agree(f"corpus {name!r}" if name else "the corpus", written, self.corpora.get(name, Counts()), counts)
         sources = self.manifest.get("sources", {"entries": self.total.documents})
-        entries = sources["entries"] if isinstance(sources, dict) else len(sources)
+        entries = sources.get("entries") if isinstance(sources, dict) else len(sources)
         if entries != self.total.documents:
             path = self.folder / MANIFEST
             raise BadInput(f"{path} lists {entries} sources, its shards hold {self.total.documents} documents")
         self._check_ids_differ()
 
-    def _agree(self, what: str, written: dict[str, Any], counted: Counts, names: Iterable[str]) -> None:
+    def _agree(self, what: str, written: Any, counted: Counts, names: Iterable[str]) -> None:
+        if not isinstance(written, dict):
+            raise BadInput(f"{self.folder / MANIFEST} says {written!r} of {what}, which are no counts")
         for name in names:
             if name in written and written[name] != getattr(counted, name):
                 found = f"counts {written[name]} {name} for {what}, found {getattr(counted, name)}"

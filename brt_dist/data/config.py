@@ -43,3 +43,5 @@ class DataConfig:
                 raise ValueError(f"data.weights.{corpus} is {weight}; it must be a number, and at least 0")
         if self.weights and not any(self.weights.values()):
             raise ValueError(f"data.weights are all 0 ({', '.join(self.weights)}); one must be above 0")
+        if not math.isfinite(sum(self.weights.values())):
+            raise ValueError(f"data.weights ({', '.join(self.weights)}) are too large for their sum to be a number")

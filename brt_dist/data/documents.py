@@ -82,6 +82,10 @@ class Documents:
 
     def only(self, document_id: str) -> Documents:
         """The document of that id alone; BadInput, with the nearest ids of the whole folder, where there is none."""
+        try:
+            document_id.encode()
+        except UnicodeEncodeError:
+            raise BadInput(f"there is no document {document_id!r}: that is not Unicode text, and every id is") from None
         for number, batch in enumerate(self._batches):
             for row in batch.rows_where("id", document_id):
                 found = np.flatnonzero((self._batch_of == number) & (self._row_of == row))

@@ -26,8 +26,11 @@ from brt_dist.data.tokenizer import HARD_TEXTS, Tokenizer
 TOKENIZER = "tokenizer.model"
 # A shard is full with so many tokens; documents are never divided.
 _SHARD_TOKENS = 1 << 25
+# Shards keep tokens as uint16 or uint32.
+_LARGEST_VOCABULARY = 1 << 32
 # What an import that was killed leaves behind.
-_LEFTOVER = re.compile(r"shard-\d{5}\.arrow|tokenizer\.model|\.(shard-\d{5}\.arrow|tokenizer\.model)\.\d+\.part")
+_WRITTEN = r"shard-\d{5,}\.arrow|tokenizer\.model"
+_LEFTOVER = re.compile(rf"{_WRITTEN}|\.({_WRITTEN}|manifest\.json)\.\d+\.part")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Vocabulary:
             raise BadInput(
                 "an import needs --tokenizer, or --vocab-size and --eos where there is no sentencepiece model"
             )
+        if size > _LARGEST_VOCABULARY:
+            raise BadInput(f"--vocab-size {size} is more than the {_LARGEST_VOCABULARY} ids that shards can hold")
         if not 0 <= eos < size:
             raise BadInput(f"--eos {eos} is outside a vocabulary of {size}")
         return cls(size, eos)

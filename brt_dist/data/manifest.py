@@ -15,6 +15,8 @@ MANIFEST = "manifest.json"
 LEDGER = "units.jsonl"
 FORMAT = 1
 
+_KINDS = {int: "a whole number", str: "text", list: "a list", dict: "an object"}
+
 
 def manifest_hash(manifest: dict[str, Any]) -> str:
     """xxh3_128, in hexadecimal, of all that a manifest says but its own key "hash"."""
@@ -63,11 +65,16 @@ def _wrong_entry(manifest: dict[str, Any]) -> str | None:
     for number, entry in enumerate(shards):
         place = f"shards[{number}]."
         wanted += [(place, entry, key, kind) for key, kind in (("file", str), ("hash", str), ("size", int))]
+        # Shards that were written before there were several corpora lack these.
+        wanted += [(place, entry, key, kind) for key, kind in (("corpus", str), ("pieces", list)) if key in entry]
+    wanted += [("", manifest, key, dict) for key in ("splits", "corpora") if key in manifest]
+    # A long list lies in a file, which an object names.
+    if not isinstance(manifest.get("sources", {}), dict):
+        wanted.append(("", manifest, "sources", list))
     for place, entry, key, kind in wanted:
         value = entry.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            name = "a whole number" if kind is int else "text"
-            return f"'{place}{key}' must be {name}, found {value!r}"
+        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+            return f"'{place}{key}' must be {_KINDS[kind]}, found {value!r}"
     if not 0 <= tokenizer["eos"] < manifest["vocab_size"]:
         return f"'tokenizer.eos' is {tokenizer['eos']}, outside a vocabulary of {manifest['vocab_size']}"
     return None

@@ -24,7 +24,7 @@ with warnings.catch_warnings():
 # Mark, version, code of the token type, number of sequences, number of document ends.
 _HEADER = struct.Struct("<9sQBQQ")
 _MARK, _VERSION = b"MMIDIDX\x00\x00", 1
-_LONGEST = 2**31 - 1
+_LONGEST = _LARGEST = 2**31 - 1
 
 
 class MegatronDataset:
@@ -96,7 +96,7 @@ def write_dataset(prefix: Path, documents: Iterable[np.ndarray], vocab_size: int
     """Write each document as one sequence to PREFIX.bin and PREFIX.idx, whole or not at all.
 
     Tokens have the type that Megatron takes for a vocabulary of this size: uint16 below 65,500, int32 above.
-    BadInput if one of the files is there already or cannot be written, or a document is too long for the format.
+    BadInput if one of the files is there already or cannot be written, or a document or an id is too large for it.
     """
     bin_path, idx_path = (prefix.with_name(f"{prefix.name}.{kind}") for kind in ("bin", "idx"))
     for path in (bin_path, idx_path):
@@ -108,5 +108,7 @@ def write_dataset(prefix: Path, documents: Iterable[np.ndarray], vocab_size: int
         for number, document in enumerate(documents):
             if len(document) > _LONGEST:
                 raise BadInput(f"document {number} has {len(document)} tokens, Megatron reads at most {_LONGEST}")
+            if vocab_size > _LARGEST and len(document) and document.max() > _LARGEST:
+                raise BadInput(f"document {number} has the id {document.max()}, Megatron's are at most {_LARGEST}")
             builder.add_document(document, [len(document)])
         builder.finalize(str(index))

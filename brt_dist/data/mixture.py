@@ -77,7 +77,7 @@ def mixture_by_name(
     """
     if not weights:
         return None
-    known = ", ".join(names)
+    known = ", ".join(names) or "a single one, without a name"
     if unknown := [name for name in weights if name not in names]:
         raise BadInput(f"data.weights names the corpus {unknown[0]!r}, but those of {place} are: {known}")
     if unnamed := [name for name in names if name not in weights]:

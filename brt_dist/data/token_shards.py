@@ -124,6 +124,8 @@ def write_shard(path: Path, rows: Iterable[ShardRow], vocab_size: int, corpus: s
                 documents += len(batch)
                 tokens += sum(len(row.tokens) for row in batch)
                 writer.write_batch(_record_batch(batch, schema, dtype))
+                # Let go of before the next ones are made: one document may be very long. So below.
+                del batch
         (digest, pieces), size = file_hashes(temporary), temporary.stat().st_size
     return ShardEntry(path.name, digest, size, documents, tokens, corpus, pieces)
 
@@ -155,6 +157,7 @@ def _batches(rows: Iterable[ShardRow]) -> Iterator[list[ShardRow]]:
     for row in rows:
         batch.append(row)
         tokens += len(row.tokens)
+        del row
         if tokens >= _BATCH_TOKENS:
             yield batch
             batch, tokens = [], 0
@@ -165,7 +168,8 @@ def _batches(rows: Iterable[ShardRow]) -> Iterator[list[ShardRow]]:
 def _record_batch(batch: list[ShardRow], schema: pa.Schema, dtype: np.dtype) -> pa.RecordBatch:
     offsets = np.zeros(len(batch) + 1, np.int64)
     np.cumsum([len(row.tokens) for row in batch], out=offsets[1:])
-    values = np.concatenate([row.tokens for row in batch]).astype(dtype, copy=False)
+    # Made narrow at once: of a long document there is no room for both. Ids are inside the vocabulary.
+    values = np.concatenate([row.tokens for row in batch], dtype=dtype, casting="unsafe")
     columns = [pa.array([getattr(row, name) for row in batch], schema.field(name).type) for name in schema.names[:-1]]
     columns.append(pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values)))
     return pa.record_batch(columns, schema=schema)

@@ -43,6 +43,8 @@ _CHUNK = 512
 _LONGEST_LINE = 1 << 22
 # Characters handed over in one call, so that the tokens of a long document come in bounded portions.
 _TOGETHER = 1 << 20
+# Tokens decoded in one call.
+_DECODED_TOGETHER = 1 << 18
 
 # What tokenizers lose: white space, control characters, compatibility forms, bytes that look like pieces, the mark.
 HARD_TEXTS = (
@@ -99,10 +101,17 @@ class Tokenizer:
     def encode_all(self, texts: Sequence[str], threads: int) -> list[np.ndarray]:
         """The tokens of each text, without EOS, int32; the same whatever the number of threads."""
         if self._first_byte is not None:
-            return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + self._first_byte for text in texts]
+            return [np.add(np.frombuffer(text.encode(), np.uint8), self._first_byte, dtype=np.int32) for text in texts]
         cuts = [list(self._cut(text)) for text in texts]
         encoded = self._encode_pieces((piece for cut in cuts for piece in cut), threads)
-        return [np.concatenate([np.zeros(0, np.int32), *islice(encoded, len(cut))]) for cut in cuts]
+        return [self._joined(cut, list(islice(encoded, len(cut)))) for cut in cuts]
+
+    def _joined(self, cut: Sequence[str], encoded: Sequence[np.ndarray]) -> np.ndarray:
+        """The tokens of all parts of one text, without those of what `_cut` put in front of a part."""
+        tokens = [
+            each if piece == SPACE_MARK else each[self._lead_count :] for piece, each in zip(cut, encoded, strict=True)
+        ]
+        return np.concatenate([np.zeros(0, np.int32), *encoded[:1], *tokens[1:]])
 
     def _encode_pieces(self, pieces: Iterable[str], threads: int) -> Iterator[np.ndarray]:
         """The tokens of each piece; U+2581 alone stands for its three bytes."""
@@ -114,8 +123,22 @@ class Tokenizer:
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text of `tokens`; EOS and other control pieces have none."""
-        ids: Any = np.asarray(tokens, np.int32)
-        return str(self._processor.decode(ids)) if len(tokens) else ""
+        return "".join(self.decode_parts(tokens))
+
+    def decode_parts(self, tokens: Sequence[int] | np.ndarray) -> Iterator[str]:
+        """The text of `tokens` in parts: sentencepiece needs some thirty bytes for each token that it decodes."""
+        ids = np.asarray(tokens, np.int32)
+        letter = self._letter
+        start = 0
+        while start < len(ids):
+            stop = start + _DECODED_TOGETHER if letter is not None else len(ids)
+            while stop < len(ids) and int(ids[stop]) in self._inner_bytes:
+                stop += 1
+            # Later parts behind a letter, for what stands in front of a text may lose its space.
+            front = [] if start == 0 or letter is None else [letter]
+            together: Any = np.concatenate([np.array(front, np.int32), ids[start:stop]])
+            yield str(self._processor.decode(together))[len(front) :]
+            start = stop
 
     def is_exact(self, text: str) -> bool:
         """Whether `text` comes back from its tokens unchanged."""
@@ -134,29 +157,62 @@ class Tokenizer:
         return first if in_order and model.encode("a b") == [first + byte for byte in b"a b"] else None
 
     @cached_property
+    def _letter(self) -> int | None:
+        """A token that decodes to one letter, or None where the vocabulary has none."""
+        found = (self._processor.piece_to_id(name) for name in ("e", "<0x65>"))
+        return next((number for number in found if self._processor.decode([number]) == "e"), None)
+
+    @cached_property
+    def _inner_bytes(self) -> frozenset[int]:
+        """The byte pieces that only go on with a character; tokens are never cut in front of them."""
+        ids = (self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(0x80, 0xC0))
+        return frozenset(number for number in ids if self._processor.is_byte(number))
+
+    @cached_property
     def _mark_ids(self) -> list[int] | None:
         """The byte pieces of U+2581, or None for a model without byte pieces."""
         ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         return ids if all(self._processor.is_byte(number) for number in ids) else None
 
     @cached_property
-    def _cuts_lines(self) -> bool:
-        """Whether text cut behind a newline has the tokens of the whole text, so that it may be encoded in chunks.
+    def _lead(self) -> str | None:
+        """What stands in front of a part of a text, so that it has the tokens which it has in the whole text.
 
-        True where no piece joins a newline to anything else and nothing is added in front of, or taken from, a text.
+        Nothing, or a newline where the model adds a space in front of a text: the newline has it then, and both are
+        taken away again. None where text must not be cut behind a newline: some piece joins it to something else, or
+        what stands around it is changed.
         """
         names = (self._processor.id_to_piece(number) for number in range(self.vocab_size))
         if any("\n" in name and name != "\n" for name in names):
-            return False
+            return None
         encode = self._processor.encode
         probes = (("a\n", "b"), ("a \n", " b"), ("\n", "\n"), ("a\n", "\n\n a"), ("a\n", "  "))
-        return all(encode(first + last) == encode(first) + encode(last) for first, last in probes)
+
+        def is_kept(lead: str) -> bool:
+            count = len(encode(lead))
+            return all(encode(first + last) == encode(first) + encode(lead + last)[count:] for first, last in probes)
+
+        return next(filter(is_kept, ("", "\n")), None)
+
+    @cached_property
+    def _lead_count(self) -> int:
+        """The number of tokens of `_lead`."""
+        return len(self._processor.encode(self._lead or ""))
 
     def _cut(self, text: str) -> Iterator[str]:
-        """Parts of `text` whose tokens laid end to end are those of the whole; every U+2581 is a part of its own."""
+        """Parts of `text`, all but the first behind `_lead`, whose tokens laid end to end are those of the whole.
+
+        Every U+2581 is a part of its own, without anything in front.
+        """
+        lead = ""
+        for part in self._parts(text):
+            yield part if part == SPACE_MARK else lead + part
+            lead = self._lead or ""
+
+    def _parts(self, text: str) -> Iterator[str]:
         parts = re.split(f"({SPACE_MARK})", text) if self._mark_ids is not None and SPACE_MARK in text else [text]
         for part in parts:
-            if self._cuts_lines and len(part) > _CHUNK:
+            if self._lead is not None and len(part) > _CHUNK:
                 for chunk in line_chunks(part, _CHUNK):
                     yield from (chunk[at : at + _LONGEST_LINE] for at in range(0, len(chunk), _LONGEST_LINE))
             elif part:
@@ -183,6 +239,8 @@ def portions(items: Iterable[Item], size: Callable[[Item], int], together: int) 
     for item in items:
         portion.append(item)
         held += size(item)
+        # An item that was let go of must not stay because of this name.
+        del item
         if held >= together:
             yield portion
             portion, held = [], 0

@@ -63,7 +63,7 @@ def read(
                 return
             except DamagedTarError as error:
                 at = next_header(file, error.at, part.stop)
-                end = part.stop if at is None else at
+                end = max(error.at, part.stop) if at is None else at
                 lost = f"{shown}, bytes {error.at} to {end}: {error}"
                 yield LeftOut(f"{shown}@{error.at}", lost, "damaged", end - part.first)
 

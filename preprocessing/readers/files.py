@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from brt_dist.data.errors import BadInput
 from preprocessing.config import CorpusConfig, DocumentsConfig
 from preprocessing.documents import Document, LeftOut, printable_name, too_long
-from preprocessing.storage import Storage
+from preprocessing.storage import DamagedFileError, Storage
 from preprocessing.units import Part
 from preprocessing.walk import File
 
@@ -37,7 +37,11 @@ def read(
     if size > policy.max_bytes:
         yield too_long(name, name, size, policy.max_bytes, size)
         return
-    contents = [whole_file(storage, part) for part in parts]
+    try:
+        contents = [whole_file(storage, part) for part in parts]
+    except DamagedFileError as error:
+        yield LeftOut(name, f"{name}: {error}", "damaged", size)
+        return
     starts = []
     start = 0
     for part in parts:

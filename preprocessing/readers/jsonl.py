@@ -25,8 +25,9 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HELD = 1 << 24
 _PIECE = 1 << 20
 # A compressed file can only be read from its beginning. Each of several slices of it is every so many-th stretch of its
-# text, and decompressing it all for a slice costs about a hundredth of encoding it: so there are a few, not many.
-_SLICES = 8
+# text, and decompressing it all for a slice costs about a hundredth of encoding it: so there are a few, not many, and
+# none of what must be fetched every time.
+_SLICES = 4
 _STRETCH = 1 << 20
 
 
@@ -36,7 +37,7 @@ def parts(
     """Byte ranges of about `unit_bytes`, each of whole lines; of a compressed file slice `first` of `stop` slices."""
     for name, size in files:
         if codec_of(name):
-            slices = max(1, min(_SLICES, size // unit_bytes))
+            slices = max(1, min(_SLICES, size // unit_bytes)) if storage.path(name) else 1
             for number in range(slices):
                 yield Part(name, number, slices, size * (number + 1) // slices - size * number // slices)
             continue

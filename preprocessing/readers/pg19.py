@@ -11,7 +11,7 @@ from brt_dist.data.errors import BadInput
 from preprocessing.config import CorpusConfig, DocumentsConfig
 from preprocessing.documents import Document, LeftOut, printable_name, too_long
 from preprocessing.readers.files import whole_file
-from preprocessing.storage import Storage
+from preprocessing.storage import DamagedFileError, Storage
 from preprocessing.units import Part
 from preprocessing.walk import File
 
@@ -39,13 +39,18 @@ def read(
     if part.size > policy.max_bytes:
         yield too_long(book, shown, part.size, policy.max_bytes, part.size)
         return
+    try:
+        content = whole_file(storage, part)
+    except DamagedFileError as error:
+        yield LeftOut(book, f"{shown}: {error}", "damaged", part.size)
+        return
     title = _titles(storage).get(book)
     source = f"{shown} ({title})" if title else shown
     split = shown.split("/")[0]
-    yield Document(book, source, whole_file(storage, part), ((0, shown),), split, part.size)
+    yield Document(book, source, content, ((0, shown),), split, part.size)
 
 
-# A storage is made anew for each unit of work, and the metadata are read once for each.
+# A storage is used for many units of work, and the metadata are read once for it.
 @lru_cache(maxsize=1)
 def _titles(storage: Storage) -> dict[str, str]:
     """Title and year of each book; none where there is no metadata.csv."""

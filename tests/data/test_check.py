@@ -178,11 +178,19 @@ Change = Callable[[dict[str, Any]], object]
         (lambda manifest: manifest.update(bytes=1), "counts 1 bytes for all shards, found 2127"),
         (lambda manifest: manifest["splits"]["test"].update(tokens=2), "counts 2 tokens for split test, found 1"),
         (lambda manifest: manifest["splits"]["train"].update(bytes=2), "counts 2 bytes for split train, found 24"),
+        (lambda manifest: manifest["splits"].update(test=5), "says 5 of split test, which are no counts"),
+        (lambda manifest: manifest["shards"][0].update(corpus="books"), "counts 5 documents for the corpus, found 2"),
+        (lambda manifest: manifest["corpora"][""].update(tokens=2), "counts 2 tokens for the corpus, found 709"),
+        (lambda manifest: manifest["corpora"].update(code={"bytes": 7}), "counts 7 bytes for corpus 'code', found 0"),
+        (lambda manifest: manifest.update(sources={}), "lists None sources, its shards hold 5 documents"),
         (lambda manifest: manifest.update(sources=[{}] * 4), "lists 4 sources, its shards hold 5 documents"),
     ],
 )
 def test_counts_that_do_not_agree_are_named(small: Path, change: Change, message: str) -> None:
     manifest = read(small)
+    manifest["corpora"] = {"": {key: manifest[key] for key in ("documents", "tokens", "bytes")}}
+    seal(small, manifest)
+    check_shards(small)
     change(manifest)
     seal(small, manifest)
     assert f"manifest.json {message}" in problem(small)

@@ -96,6 +96,20 @@ def test_tokens_have_the_type_that_megatron_takes(tmp_path: Path, vocab_size: in
     assert dataset.index.dtype == dtype
 
 
+def test_an_id_that_megatron_has_no_room_for_is_not_exported(tmp_path: Path) -> None:
+    for largest in (2**31 - 1, 2**31):
+        rows = [row("one", np.array([2, largest], np.uint32))]
+        folder = finished_folder(tmp_path / f"ours {largest}", {"a.arrow": rows}, vocab_size=2**32)
+        if largest < 2**31:
+            export_shards(folder, tmp_path / "fits", "train")
+            dataset = IndexedDataset(str(tmp_path / "fits"))
+            assert dataset[0].tolist() == [2, largest, EOS]
+        else:
+            with pytest.raises(BadInput, match="document 0 has the id 2147483648, Megatron's are at most 2147483647"):
+                export_shards(folder, tmp_path / "theirs", "train")
+    assert not list(tmp_path.glob("theirs*"))
+
+
 @pytest.mark.parametrize("kind", ["bin", "idx"])
 def test_an_export_overwrites_nothing(ours: Path, tmp_path: Path, kind: str) -> None:
     (tmp_path / f"theirs.{kind}").write_bytes(b"earlier")
@@ -251,7 +265,8 @@ def test_an_import_that_was_killed_is_started_again(tmp_path: Path, monkeypatch:
         import_datasets([prefix], tmp_path / "back", VOCABULARY)
     left = sorted(path.name for path in (tmp_path / "back").iterdir())
     assert left == ["shard-00000.arrow", "shard-00001.arrow"]
-    (tmp_path / "back" / ".shard-00002.arrow.17.part").write_bytes(b"half")
+    for half in (".shard-00002.arrow.17.part", ".tokenizer.model.17.part", ".manifest.json.17.part"):
+        (tmp_path / "back" / half).write_bytes(b"half")
     monkeypatch.undo()
     import_datasets([prefix], tmp_path / "back", VOCABULARY)
     assert {path.name: path.read_bytes() for path in (tmp_path / "back").iterdir()} == {
@@ -322,6 +337,7 @@ def change(path: Path, place: int, byte: int) -> None:
     [
         ([], "needs --tokenizer, or --vocab-size and --eos"),
         (["--vocab-size", "100"], "needs --tokenizer, or --vocab-size and --eos"),
+        (["--vocab-size", f"{2**32 + 1}", "--eos", "0"], "--vocab-size 4294967297 is more than the 4294967296 ids"),
         (["--vocab-size", "100", "--eos", "100"], "--eos 100 is outside a vocabulary of 100"),
         (["--tokenizer", "m.model", "--eos", "3"], "the tokenizer m.model says what --vocab-size and --eos are"),
         (["--vocab-size", "100", "--eos", "3", "--test", "1"], "--validation 0.1 and --test 1.0 must not be negative"),

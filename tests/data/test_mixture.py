@@ -214,3 +214,8 @@ def test_weights_are_shares_by_name_in_the_order_of_the_corpora() -> None:
 def test_weights_that_do_not_fit_the_shards_are_one_line(weights: dict[str, float], said: str) -> None:
     with pytest.raises(BadInput, match=said):
         mixture_by_name(NAMES, np.array([0, 1, 1]), weights, "shards")
+
+
+def test_a_single_corpus_without_a_name_is_told_when_weights_name_one() -> None:
+    with pytest.raises(BadInput, match="but those of shards are: a single one, without a name"):
+        mixture_by_name(("",), np.array([0, 0]), {"books": 1.0}, "shards")

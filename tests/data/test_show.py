@@ -74,6 +74,11 @@ def test_an_id_that_is_not_there_is_answered_with_the_nearest(folder: Path, capf
     assert shown.err == "brt: there is no document 'two' among 3; the nearest ids: books/two.txt\n"
 
 
+def test_an_id_of_bytes_that_are_no_text_is_not_there(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "show", str(folder), "--document", b"\xff.txt".decode(errors="surrogateescape")]) == 2
+    assert capfd.readouterr().err.startswith("brt: there is no document '\\udcff.txt': that is not Unicode text")
+
+
 @pytest.mark.parametrize(
     ("wanted", "nearest"),
     [

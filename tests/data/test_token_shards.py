@@ -204,6 +204,14 @@ def drop_last_shard(manifest: dict[str, Any]) -> None:
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "file": (lambda manifest: manifest["shards"][0].update(file=3), r"'shards\[0\]\.file' must be text, found 3"),
     "size": (lambda manifest: manifest["shards"][1].update(size="x"), r"'shards\[1\]\.size' must be a whole number"),
+    "negative": (lambda manifest: manifest["shards"][1].update(size=-1), r"'shards\[1\]\.size' must be a whole number"),
+    "corpus": (lambda manifest: manifest["shards"][0].update(corpus=5), r"'shards\[0\]\.corpus' must be text, found 5"),
+    "pieces": (
+        lambda manifest: manifest["shards"][0].update(pieces=5),
+        r"'shards\[0\]\.pieces' must be a list, found 5",
+    ),
+    "splits": (lambda manifest: manifest.update(splits=5), r"'splits' must be an object, found 5"),
+    "sources": (lambda manifest: manifest.update(sources=5), r"'sources' must be a list, found 5"),
     "eos": (lambda manifest: manifest["tokenizer"].update(eos="a"), r"'tokenizer\.eos' must be a whole number"),
     "far eos": (
         lambda manifest: manifest["tokenizer"].update(eos=10000),

@@ -157,3 +157,48 @@ def test_a_lossy_model_is_seen_to_be_lossy_and_its_texts_are_not_cut(lossy_model
     assert not model.is_exact("a  b")
     plain = sentencepiece.SentencePieceProcessor(model_proto=lossy_model)
     assert model.encode(PROSE).tolist() == plain.encode(PROSE)
+
+
+@pytest.fixture(scope="module")
+def prefixing_model() -> bytes:
+    """A lossless model that adds a space in front of a text, as Llama's does."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(PROSE.splitlines()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@pytest.mark.parametrize("text", [*HARD_TEXTS, PROSE, "\n".join(HARD_TEXTS) * 20])
+def test_a_model_that_adds_a_space_in_front_gives_a_cut_text_back(prefixing_model: bytes, text: str) -> None:
+    assert Tokenizer(prefixing_model).is_exact(text)
+
+
+def test_a_model_that_adds_a_space_in_front_has_the_tokens_of_the_whole_in_small_pieces(prefixing_model: bytes) -> None:
+    """A whole document in one call would need some forty bytes of memory for each character."""
+    model = Tokenizer(prefixing_model)
+    text = PROSE + "  two\n\n  lines\n" * 100
+    plain = sentencepiece.SentencePieceProcessor(model_proto=prefixing_model)
+    assert model.encode(text).tolist() == plain.encode(text)
+    assert max(map(len, model._cut(text))) < len(text) / 2
+
+
+@pytest.mark.parametrize("together", [1, 2, 7, 50])
+def test_parts_of_tokens_decode_to_the_text_of_the_whole(
+    tokenizer: Tokenizer, lossy_model: bytes, prefixing_model: bytes, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("brt_dist.data.tokenizer._DECODED_TOGETHER", together)
+    text = "  two \U0001f468\u200d\U0001f469 words\n é\u2581 " * 3
+    for model in (tokenizer, Tokenizer(byte_tokenizer()), Tokenizer(lossy_model), Tokenizer(prefixing_model)):
+        tokens = model.encode(text)
+        parts = list(model.decode_parts(tokens))
+        assert len(parts) >= len(tokens) / (together + 4)
+        assert "".join(parts) == model._processor.decode(tokens.tolist())

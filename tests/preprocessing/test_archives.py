@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 import tarfile
 from pathlib import Path
 
@@ -145,3 +146,12 @@ def test_a_paper_that_is_too_long_is_left_out_or_refused(tmp_path: Path) -> None
     assert list(contents(corpus, policy=policy)) == ["astro-ph/0101004"]
     long = [one.id for one in left_out(corpus, policy) if one.why == "too_long"]
     assert long == ["2101.00001", "2101.00003", "2101.00006"]
+
+
+def test_the_bytes_that_a_cut_archive_lacks_are_named_in_order(tmp_path: Path) -> None:
+    content = tarred(PAPERS)
+    cut = content[: content.index(PAPERS["2101/astro-ph0101004.gz"]) + 5]
+    lost = left_out(archive(tmp_path / "a.tar", cut))[-1]
+    found = re.search(r"bytes (\d+) to (\d+): it ends too early", lost.source)
+    assert found is not None
+    assert int(found[1]) <= int(found[2])

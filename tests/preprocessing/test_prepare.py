@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pytest
 import sentencepiece
 from prepare_runs import SENTENCE, TEXTS, Run
+from rich.console import Console
 
 from brt_dist.data.errors import BadInput
 from brt_dist.data.token_shards import TokenShards
@@ -17,6 +23,10 @@ from brt_dist.data.tokenizer import Tokenizer
 from preprocessing import prepare as prepare_module
 from preprocessing.config import CorpusConfig, DocumentsConfig, ShardsConfig, SplitsConfig, TokenizerConfig
 from preprocessing.manifest import REASONS
+from preprocessing.repeats import find_repeats
+from preprocessing.report import Progress, Reporter
+from preprocessing.shard_unit import Recipe, write_unit
+from preprocessing.units import Part, Unit
 
 
 def decoded(shards: TokenShards) -> dict[str, str]:
@@ -225,3 +235,49 @@ def test_the_manifest_names_no_time_and_no_place_on_this_machine(run: Run, monke
 def test_a_setting_that_cannot_work_is_named_with_its_value(make: Callable[[], object], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_long_documents_one_after_the_other_need_memory_for_one(
+    run: Run, kind: Literal["bytes", "bpe"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes for each character that stands for four in memory: what lets documents of 128 MiB fit into 2 GiB."""
+    run.tokenizer = TokenizerConfig(kind=kind, vocab_size=330 if kind == "bpe" else 260)
+    run.check_round_trip = True
+    run()
+    characters = 2_000_000
+    for number in range(3):
+        text = (SENTENCE + f"{number}\n") * (characters // len(SENTENCE)) + "\U0001f600"
+        (run.corpus.root / f"{number}.long").write_text(text)
+        size = len(text.encode())
+    unit = Unit(0, "", tuple(Part(f"{number}.long", 0, size, size, str(number)) for number in range(3)))
+    tokenizer = Tokenizer.open(run.folder / "tokenizer.model")
+    recipe = Recipe({"": run.corpus}, run.documents, run.splits, tokenizer, find_repeats([]), check_all=True)
+    monkeypatch.setattr("brt_dist.data.token_shards._BATCH_TOKENS", 1)
+    tracemalloc.start()
+    try:
+        write_unit(unit, recipe, run.folder, lambda news: None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak / characters < 13
+
+
+def test_the_summary_cuts_no_figure_where_nobody_says_how_wide_it_may_be(run: Run) -> None:
+    run()
+    text = io.StringIO()
+    reporter = Reporter(Console(file=text))
+    shards = TokenShards.open(run.folder)
+    reporter.summary(shards.manifest, {"corpus": np.full(5, 123_456_789_012)})
+    assert "…" not in text.getvalue()
+    assert text.getvalue().count("123,456,789,012") == 5
+
+
+def test_a_narrow_terminal_still_shows_the_time_that_is_left() -> None:
+    text = io.StringIO()
+    size = 123_456_789_012
+    with Reporter(Console(file=text, force_terminal=True, width=80)).steps("encoding", {"books": size}) as steps:
+        for _ in range(3):
+            steps.advance(Progress("books", size // 4, 1_234_567, size // 8))
+            time.sleep(0.15)
+    assert re.search(r"encoding books.*\d:\d\d:\d\d.*MB", text.getvalue())

@@ -13,6 +13,7 @@ from prepare_runs import TEXTS, Run, stop_after
 from brt_dist.data.errors import BadInput
 from preprocessing.config import CorpusConfig, ShardsConfig, SplitsConfig, TokenizerConfig
 from preprocessing.ledger import Ledger
+from preprocessing.manifest import make_manifest
 
 
 def test_a_corpus_that_was_moved_gives_the_same_manifest_and_is_not_refused(run: Run, tmp_path: Path) -> None:
@@ -171,3 +172,44 @@ def test_two_runs_do_not_write_to_one_folder_at_once(run: Run, monkeypatch: pyte
     settings = json.loads(run.files()["units.jsonl"].splitlines()[0])["settings"]
     with Ledger(run.folder, settings).held(), pytest.raises(BadInput, match="another `brt prepare`"):
         run()
+
+
+def test_the_folder_is_held_until_the_manifest_is_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger is put in order before: another file then has its name."""
+    settings: list[dict[str, object]] = []
+
+    def late(*parts: object) -> dict[str, object]:
+        settings.append(json.loads(run.files()["units.jsonl"].splitlines()[0])["settings"])
+        with pytest.raises(BadInput, match="another `brt prepare`"), Ledger(run.folder, settings[0]).held():
+            pass
+        return make_manifest(*parts)
+
+    monkeypatch.setattr("preprocessing.prepare.make_manifest", late)
+    run()
+    assert len(settings) == 1
+    with Ledger(run.folder, settings[0]).held():
+        pass
+
+
+def test_a_disk_that_is_full_before_anything_is_finished_is_named_and_binds_the_folder_to_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table of repeated texts is written, and the first line of the ledger doesn't fit behind it."""
+    (run.corpus.root / "98.txt").write_text("once more\n")
+    (run.corpus.root / "99.txt").write_text("once more\n")
+
+    def full(*_: object) -> None:
+        raise BadInput("units.jsonl cannot be written: No space left on device")
+
+    with pytest.MonkeyPatch.context() as full_disk:
+        full_disk.setattr(Ledger, "_add", full)
+        with pytest.raises(BadInput, match="No space left"):
+            run()
+    # The next run is of a corpus in which no text stands twice.
+    (run.corpus.root / "99.txt").unlink()
+    run()
+    left = run.files()
+    run.folder = tmp_path / "fresh"
+    run.shards = ShardsConfig(dir=str(run.folder), unit_bytes=5000)
+    run()
+    assert run.files() == left

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from typing import Any
 
 import pytest
@@ -40,6 +41,16 @@ with opened_ranks(read_launch().world_size) as ranks:
     assert told_again == ["from", "rank", 0]
     if ranks.rank == 0:
         print(json.dumps([done, heard, told]))
+"""
+
+SLEEPING = """
+import time
+from brt_dist.parallel.launcher import read_launch
+from preprocessing.ranks import opened_ranks
+
+with opened_ranks(read_launch().world_size) as ranks:
+    print("begun")
+    time.sleep(50)
 """
 
 
@@ -95,3 +106,14 @@ def test_one_process_needs_no_mpi():
     Ranks().divide(range(4), work, done.__setitem__, heard.append)
     assert done == {0: 0, 1: 1, 2: 4, 3: 9}
     assert heard == [0, 1, 2, 3]
+
+
+def test_an_interruption_ends_all_ranks_with_one_line_and_no_traces():
+    process = start("mpiexec", 3, ["-u", "-c", SLEEPING])
+    assert process.stdout is not None
+    process.stdout.read(3 * len("begun\n"))
+    process.send_signal(signal.SIGINT)
+    done = finish(process, timeout=60)
+    assert done.returncode == 130
+    assert done.stderr.count("brt: interrupted") == 1
+    assert "Traceback" not in done.stderr

@@ -276,3 +276,12 @@ def test_a_parquet_file_without_the_column_or_with_numbers_in_it_is_named(tmp_pa
     (tmp_path / "c.parquet").write_bytes(b"nothing of the kind")
     with pytest.raises(BadInput, match=r"c\.parquet is not a Parquet file"):
         read_all(CorpusConfig(reader="parquet", path=str(tmp_path / "c.parquet")))
+
+
+def test_a_last_line_that_goes_on_since_it_was_listed_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n{"text": "y"}')
+    corpus = CorpusConfig(reader="jsonl", path=str(tmp_path))
+    (unit,) = listed(corpus, EVERYTHING)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n{"text": "y"}  \n')
+    with pytest.raises(BadInput, match="changed while it was read: a line ends at byte 30, not 27"):
+        list(read_one(corpus, unit))
