@@ -124,7 +124,8 @@ class DocumentsConfig:
     ends the run. `damaged`, for what cannot be read (a line that is no JSON object, a broken archive): left out as far
     as the damage reaches, or the end of the run. `too_long`, for documents of more than `max_bytes` bytes of UTF-8:
     left out, or the end of the run. `duplicates`, of one text that stands in several documents of any of the corpora:
-    all kept, or the first kept and the others left out; either way they fall into one split, the most held-back one.
+    all kept, or the first kept and the others left out; either way they fall into one split: the most held-back
+    that a corpus itself gives one of them, else that of the first.
     """
 
     invalid_utf8: Literal["skip", "replace", "fatal"] = "fatal"

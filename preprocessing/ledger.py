@@ -12,13 +12,14 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from brt_dist.data.atomic_file import whole_file
 from brt_dist.data.errors import BadInput
-from brt_dist.data.token_shards import LEDGER, MANIFEST, ShardEntry, read_manifest, writing
+from brt_dist.data.token_shards import LEDGER, MANIFEST, read_manifest, writing
+from preprocessing.finished_units import FinishedUnits, as_plain
 from preprocessing.shard_unit import ShardReport
 
 
@@ -27,7 +28,7 @@ class Ledger:
 
     survey      hash of the table of repeated texts, once the corpora have been surveyed; "" where there are none
     tokenizer   hash of the tokenizer's file
-    reports     by number of the unit
+    reports     of every unit that is finished, by its number
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
@@ -39,7 +40,7 @@ class Ledger:
     def _clear(self) -> None:
         self.survey: str | None = None
         self.tokenizer: str | None = None
-        self.reports: dict[int, ShardReport] = {}
+        self.reports = FinishedUnits()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -82,18 +83,18 @@ class Ledger:
 
     def add_unit(self, number: int, report: ShardReport) -> None:
         """The shard of unit `number` is finished."""
-        self._add({"unit": number, "report": asdict(report)})
+        self._add({"unit": number, "report": as_plain(report)})
 
     def put_in_order(self) -> None:
         """Write it anew in the order of the units, so that it does not tell who was ready first."""
         entries: list[dict[str, Any]] = [{"settings": self._settings}]
         entries += [{"survey": self.survey}, {"tokenizer": self.tokenizer}]
-        entries += [{"unit": number, "report": asdict(self.reports[number])} for number in sorted(self.reports)]
+        finished = ({"unit": number, "report": as_plain(report)} for number, report in self.reports.items())
         with writing(self._path), whole_file(self._path) as temporary:
             file = temporary.open("wb")
             # The lock is on the file, whatever its name: the new one is held before it takes the old one's place.
             self._lock(file)
-            file.write(b"".join(map(_as_line, entries)))
+            file.writelines(map(_as_line, chain(entries, finished)))
             file.flush()
 
     def _lock(self, file: BinaryIO) -> None:
@@ -125,9 +126,7 @@ class Ledger:
                 self.reports.clear()
             self.tokenizer = entry["tokenizer"]
         if "unit" in entry:
-            report, shard = entry["report"], entry["report"]["shard"]
-            made = ShardEntry(**{**shard, "pieces": tuple(shard["pieces"])})
-            self.reports[entry["unit"]] = ShardReport(**{**report, "shard": made})
+            self.reports.add(entry["unit"], entry["report"])
 
 
 def _as_line(entry: dict[str, Any]) -> bytes:

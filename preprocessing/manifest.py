@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import chain, islice
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ _COUNTS = ("documents", "tokens", "bytes")
 
 def make_manifest(
     folder: Path,
-    reports: Sequence[ShardReport],
+    reports: Collection[ShardReport],
     tokenizer: Tokenizer,
     config: TokenizerConfig,
     settings: dict[str, Any],
@@ -40,17 +40,23 @@ def make_manifest(
     """
     paths = [folder / report.shard.file for report in reports]
     check_ids_differ(_id_hashes(paths), lambda: ((entry["id"], entry["source"]) for entry in _sources(paths)))
-    splits = {name: {key: sum(report.splits[name][key] for report in reports) for key in _COUNTS} for name in SPLITS}
-    skipped = [entry for report in reports for entry in report.skipped]
-    replaced = [entry for report in reports for entry in report.replaced]
-    inexact = sum(len(report.inexact) for report in reports)
+    splits = {name: dict.fromkeys(_COUNTS, 0) for name in SPLITS}
+    skipped = dict.fromkeys(REASONS, 0)
+    replaced = moved = inexact = checked = 0
+    for report in reports:
+        for name, key in product(SPLITS, _COUNTS):
+            splits[name][key] += report.splits[name][key]
+        for entry in report.skipped:
+            skipped[entry["why"]] += 1
+        replaced, moved = replaced + len(report.replaced), moved + len(report.moved)
+        inexact, checked = inexact + len(report.inexact), checked + report.checked
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "vocab_size": tokenizer.vocab_size,
         **{key: sum(splits[name][key] for name in SPLITS) for key in _COUNTS},
-        "skipped": {why: sum(entry["why"] == why for entry in skipped) for why in REASONS},
-        "replaced": {"invalid_utf8": len(replaced)},
-        "moved": {"duplicate": sum(len(report.moved) for report in reports)},
+        "skipped": skipped,
+        "replaced": {"invalid_utf8": replaced},
+        "moved": {"duplicate": moved},
         "splits": splits,
         "corpora": _by_corpus(reports),
         "tokenizer": {
@@ -60,19 +66,23 @@ def make_manifest(
             "eos": tokenizer.eos,
             "lossless": not inexact and all(map(tokenizer.is_exact, HARD_TEXTS)),
             "inexact_documents": inexact,
-            "checked_documents": sum(report.checked for report in reports),
+            "checked_documents": checked,
         },
         "shards": [asdict(report.shard) for report in reports],
         "sources": _listed(_sources(paths), folder, "sources"),
-        "skipped_documents": _listed(skipped, folder, "skipped_documents"),
-        "replaced_documents": _listed(replaced, folder, "replaced_documents"),
+        "skipped_documents": _listed(
+            (entry for report in reports for entry in report.skipped), folder, "skipped_documents"
+        ),
+        "replaced_documents": _listed(
+            (entry for report in reports for entry in report.replaced), folder, "replaced_documents"
+        ),
         "settings": settings,
     }
     manifest["hash"] = manifest_hash(manifest)
     return manifest
 
 
-def _by_corpus(reports: Sequence[ShardReport]) -> dict[str, dict[str, int]]:
+def _by_corpus(reports: Iterable[ShardReport]) -> dict[str, dict[str, int]]:
     """Documents, tokens and bytes of each corpus, and how many of its documents were left out."""
     found: dict[str, dict[str, int]] = {}
     for report in reports:

@@ -298,9 +298,8 @@ def _write_shards(job: _Job, recipe: Recipe, ledger: Ledger) -> None:
 
 
 def _finish(job: _Job, model: Tokenizer, ledger: Ledger) -> None:
-    reports = [ledger.reports[number] for number in range(len(job.units))]
     ledger.put_in_order()
-    manifest = make_manifest(job.folder, reports, model, job.tokenizer, job.settings)
+    manifest = make_manifest(job.folder, ledger.reports.values(), model, job.tokenizer, job.settings)
     with writing(job.folder / MANIFEST):
         write_json(job.folder / MANIFEST, manifest)
 

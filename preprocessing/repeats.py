@@ -1,7 +1,7 @@
 """Documents of one content: which of them is the first, and which split has them all.
 
-Train, validation and test never share a text: what stands in a held-back document and in a training one too belongs
-to the held-back split, whatever the ids say.
+Train, validation and test never share a text. Where a corpus itself says what is held back, that counts; otherwise the
+first document decides, so that texts with many copies are not held back more often than others.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import xxhash
 from brt_dist.data.atomic_file import whole_file
 from brt_dist.data.token_shards import SPLITS, file_hash, writing
 
-# One document's content as the survey finds it: two halves of its xxh3_128, its number in the unit, and its split as
-# the number in SPLITS. 21 bytes a document, which is what rank 0 needs of memory.
-CONTENT = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<u4"), ("split", "u1")])
+# One document's content as the survey finds it: two halves of its xxh3_128, its number in the unit, its split as the
+# number in SPLITS, and whether its corpus says so. 22 bytes a document, which rank 0 holds of all of them.
+CONTENT = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<u4"), ("split", "u1"), ("given", "?")])
 # One content that stands in several documents: its hash, unit and number of the one that is kept, and their split.
 REPEAT = np.dtype([("high", "<u8"), ("low", "<u8"), ("unit", "<u4"), ("number", "<u4"), ("split", "u1")])
 
@@ -30,12 +30,14 @@ def content_hash(content: bytes) -> tuple[int, int]:
 def find_repeats(contents: Sequence[np.ndarray]) -> Repeats:
     """All contents that stand in more than one document; contents: of every unit, in order, of type CONTENT.
 
-    They belong to the most held-back of the documents' splits (test, validation, train); kept is the first of those.
+    They belong to the most held-back split that a corpus gives one of them (test, validation, train); where none gives
+    any, to that of the first document. Kept is the first document of that split, among those to which it was given.
     """
     all_D = np.concatenate([np.zeros(0, CONTENT), *contents])
     unit_D = np.repeat(np.arange(len(contents), dtype=np.uint32), [len(unit) for unit in contents])
-    # Of one content the most held back comes first, and of those the first document: the sort is stable.
-    order_D = np.lexsort((-all_D["split"].astype(np.int8), all_D["low"], all_D["high"]))
+    # Of one content that which decides comes first, and of several such the first document: the sort is stable.
+    weight_D = np.where(all_D["given"], all_D["split"].astype(np.int8) + 1, 0)
+    order_D = np.lexsort((-weight_D, all_D["low"], all_D["high"]))
     high_D, low_D = all_D["high"][order_D], all_D["low"][order_D]
     same = (high_D[1:] == high_D[:-1]) & (low_D[1:] == low_D[:-1])
     again = np.concatenate([[False], same])

@@ -77,7 +77,7 @@ class Reporter:
         self._name_documents("left out", manifest["skipped_documents"])
         self._name_documents("changed (U+FFFD for bad bytes)", manifest["replaced_documents"])
         if moved := manifest["moved"]["duplicate"]:
-            self.say(f"{moved:,} documents went into the split of a held-back document with the same text")
+            self.say(f"{moved:,} documents went into the split of another one with the same text")
         if not manifest["tokenizer"]["lossless"]:
             count = manifest["tokenizer"]["inexact_documents"]
             self.say(f"the tokenizer is not lossless: {count} documents do not come back from their tokens unchanged")

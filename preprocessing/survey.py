@@ -46,7 +46,7 @@ def survey_unit(
 ) -> Survey:
     """Read one unit, and offer its train documents to the sample."""
     hashes = array("Q")
-    contents: list[tuple[int, int, int, int]] = []
+    contents: list[tuple[int, int, int, int, bool]] = []
     reached = 0
     for number, document in enumerate(read_unit(corpora, unit, documents)):
         tell(Progress(unit.corpus, document.reached - reached, 1, 0))
@@ -60,7 +60,7 @@ def survey_unit(
         content = document.content if decoded.why is None else decoded.text.encode()
         split = document.split or split_of(document.id, splits.validation, splits.test)
         digest = content_hash(content)
-        contents.append((*digest, number, SPLITS.index(split)))
+        contents.append((*digest, number, SPLITS.index(split), document.split is not None))
         if split == "train":
             sample.offer(unit.number, number, document.id, digest, decoded.text)
     tell(Progress(unit.corpus, unit.size - reached, 0, 0))
