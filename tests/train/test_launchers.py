@@ -32,7 +32,7 @@ def test_when_a_process_is_killed_all_end_and_another_launcher_goes_on_as_if_unb
     assert time.monotonic() - began < 60
     assert not any(process.is_running() for process in ranks)
     assert not runs.checkpoint("long", 40).exists()
-    assert [line[:5] for line in ended.stderr.splitlines()[1:2]] == ["step "]
+    assert [line.split()[0] for line in ended.stderr.splitlines()[1:3]] == ["padding:", "step"]
     assert ended.stdout == ""
     before = [json.loads(line) for line in (runs.folder / "long" / "metrics.jsonl").read_text().splitlines()[:14]]
     assert [line["loss"] for line in before] == pair.losses("long")[:14]
@@ -47,8 +47,9 @@ def test_when_a_process_is_killed_all_end_and_another_launcher_goes_on_as_if_unb
     # The launcher's own lines begin with a time in brackets; ours are the leading process's alone.
     lines = [line for line in [*done.stdout.splitlines(), *done.stderr.splitlines()] if not line.startswith("[20")]
     assert " parameters, data ranks: 2, on cpu, 8 lanes x 32 tokens a step, " in lines[0]
-    assert lines[1].startswith("going on behind step ")
-    assert all(line.startswith("step ") for line in lines[2:])
+    assert lines[1].startswith("padding: ")
+    assert lines[2].startswith("going on behind step ")
+    assert all(line.startswith("step ") for line in lines[3:])
 
 
 @pytest.mark.parametrize(
