@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -127,7 +128,7 @@ def _length_table(lengths: Mapping[str, np.ndarray]) -> Table:
     return table
 
 
-class Steps:
+class Steps(ABC):
     """A stretch of work in progress."""
 
     def __init__(self, sizes: Mapping[str, int]):
@@ -145,8 +146,9 @@ class Steps:
         text = f"{done['bytes'] / 1e6:,.1f} of {sum(corpora.values()) / 1e6:,.1f} MB, {done['documents']:,} documents"
         return f"{text}, {done['tokens']:,} tokens" if done["tokens"] else text
 
+    @abstractmethod
     def _show(self, corpus: str) -> None:
-        raise NotImplementedError
+        """Show that there is news of a corpus."""
 
 
 class _BarSteps(Steps):

@@ -40,6 +40,20 @@ def test_a_finished_run_started_again_does_nothing(run: Run, monkeypatch: pytest
     assert {path: path.stat().st_mtime_ns for path in run.folder.iterdir()} == before
 
 
+def test_a_finished_run_is_encoded_once_more_where_every_document_is_to_be_decoded_again(run: Run) -> None:
+    run()
+    before = run.files()
+    assert json.loads(before["manifest.json"])["tokenizer"]["checked_documents"] < len(TEXTS)
+    run.check_round_trip = True
+    run()
+    after = run.files()
+    assert json.loads(after["manifest.json"])["tokenizer"]["checked_documents"] == len(TEXTS)
+    shards = [name for name in before if name.endswith(".arrow")]
+    assert {name: after[name] for name in shards} == {name: before[name] for name in shards}
+    run()
+    assert "nothing to do" in run.printed
+
+
 def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bytes(run: Run, tmp_path: Path) -> None:
     run()
     whole = run.files()
